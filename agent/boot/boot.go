@@ -1,0 +1,423 @@
+package boot
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"banger/agent/sys"
+	"banger/agent/system"
+)
+
+const (
+	driveWait  = 10 * time.Second
+	readyWait  = 2 * time.Second
+	readyFD    = 3
+	clockSlack = 2 * time.Second
+	newRoot    = "/newroot"
+
+	noSuidDevExec = syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC
+)
+
+// AgentArgument makes the binary the long-lived agent; argv[0] begins with `@` so that systemd spares it at
+// shutdown (https://systemd.io/ROOT_STORAGE_DAEMONS/).
+const AgentArgument = "@banger-agent"
+
+var images = []string{"/sbin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/etc/init", "/bin/init"}
+
+// Main is PID 1 in the initramfs. It does not return.
+func Main() {
+	step, err := run()
+	fail(step, err)
+}
+
+// fail tells the console why the boot ended, and ends the machine: the host finds the line in its log.
+func fail(step string, err error) {
+	line := fmt.Sprintf("banger-agent: boot: %s: %v", step, err)
+	line = strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\r' {
+			return ' '
+		}
+		return r
+	}, line)
+	if console, openErr := os.OpenFile("/dev/console", os.O_WRONLY|syscall.O_NOCTTY, 0); openErr == nil {
+		fmt.Fprintf(console, "\n%s\n", line)
+		const tcsbrk = 0x5409 // with 1: wait until all of it is sent
+		_ = sys.Ioctl(int(console.Fd()), tcsbrk, 1)
+	} else {
+		Log("%s", line)
+	}
+	system.Reboot(true)
+	for { // PID 1 must not return
+		time.Sleep(time.Hour)
+	}
+}
+
+// Log writes one line to the kernel's log.
+func Log(format string, arguments ...interface{}) {
+	if kmsg, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); err == nil {
+		fmt.Fprintf(kmsg, "<6>banger-agent: "+format+"\n", arguments...)
+		kmsg.Close()
+	}
+}
+
+func run() (step string, err error) {
+	step = "mount /proc, /sys, /dev"
+	for _, m := range []struct {
+		target, fstype string
+		flags          uintptr
+		data           string
+	}{
+		{"/proc", "proc", noSuidDevExec, ""},
+		{"/sys", "sysfs", noSuidDevExec, ""},
+		{"/dev", "devtmpfs", syscall.MS_NOSUID, "mode=0755"},
+	} {
+		_ = os.Mkdir(m.target, 0o755)
+		// EBUSY: CONFIG_DEVTMPFS_MOUNT does not cover an initramfs, but a second mount is no failure.
+		if err := syscall.Mount(m.fstype, m.target, m.fstype, m.flags, m.data); err != nil && err != syscall.EBUSY {
+			return step, fmt.Errorf("%s: %w", m.target, err)
+		}
+	}
+	step = "read boot.json"
+	config, err := readConfig()
+	if err != nil {
+		return step, err
+	}
+	step = "load kernel modules"
+	if err := loadModules(); err != nil {
+		return step, err
+	}
+	step = "set the clock"
+	if config.TimeUnixNs > 0 && time.Now().Add(clockSlack).UnixNano() < config.TimeUnixNs {
+		if err := system.SetClock(config.TimeUnixNs); err != nil {
+			return step, err
+		}
+	}
+	step = "mount the disks"
+	if err := mountDisks(config); err != nil {
+		return step, err
+	}
+	inRoot, err := openRoot(newRoot)
+	if err != nil {
+		return step, err
+	}
+	step = "set up the new root"
+	if err := prepareRoot(inRoot, config); err != nil {
+		return step, err
+	}
+	step = "configure the network"
+	if err := configureLoopback(); err != nil {
+		return step, fmt.Errorf("lo: %w", err)
+	}
+	late := config.Network
+	if late != nil {
+		done, err := configureNetwork(late)
+		if err != nil {
+			return step, err
+		}
+		if done {
+			late = nil
+		}
+	}
+	step = "find the image's init"
+	argv, err := findInit(inRoot, config.Init)
+	if err != nil {
+		return step, err
+	}
+	step = "enter the new root"
+	if argv == nil {
+		if err := inRoot.mount("cgroup2", "/sys/fs/cgroup", "cgroup2", noSuidDevExec, "nsdelegate"); err != nil {
+			Log("boot: %v", err) // a kernel without it still runs programs
+		}
+	}
+	if err := enterRoot(inRoot); err != nil {
+		return step, err
+	}
+	step = "start the agent"
+	pid, err := startAgent(argv == nil, late)
+	if err != nil {
+		return step, err
+	}
+	if argv != nil {
+		step = "start " + argv[0]
+		environment := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/", "TERM=linux"}
+		return step, syscall.Exec(argv[0], argv, environment)
+	}
+	step = "be init"
+	return step, beInit(pid, late)
+}
+
+func loadModules() error {
+	raw, err := os.ReadFile("/banger/modules.list")
+	if os.IsNotExist(err) {
+		return nil // all of them are built in
+	}
+	if err != nil {
+		return err
+	}
+	for _, name := range strings.Fields(string(raw)) {
+		name = strings.TrimSuffix(name, ".ko")
+		file, err := os.Open("/banger/modules/" + filepath.Base(name) + ".ko")
+		if os.IsNotExist(err) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		err = sys.FinitModule(int(file.Fd()), "")
+		file.Close()
+		switch err {
+		case nil, syscall.EEXIST, syscall.ENODEV: // ENODEV: its device is not there, say AF_VSOCK's
+		default:
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// findDrive resolves a path or `serial:<serial>` to a device.
+func findDrive(spec string) string {
+	if !strings.HasPrefix(spec, "serial:") {
+		if _, err := os.Stat(spec); err == nil {
+			return spec
+		}
+		return ""
+	}
+	files, _ := filepath.Glob("/sys/block/*/serial")
+	for _, file := range files {
+		raw, err := os.ReadFile(file)
+		if err == nil && strings.TrimSpace(strings.TrimRight(string(raw), "\x00")) == spec[len("serial:"):] {
+			device := "/dev/" + filepath.Base(filepath.Dir(file))
+			if _, err := os.Stat(device); err == nil {
+				return device
+			}
+		}
+	}
+	return ""
+}
+
+func waitForDrive(spec string) (string, error) {
+	for deadline := time.Now().Add(driveWait); ; time.Sleep(5 * time.Millisecond) {
+		if device := findDrive(spec); device != "" {
+			return device, nil
+		}
+		if time.Now().After(deadline) {
+			names, _ := filepath.Glob("/sys/block/*")
+			return "", fmt.Errorf("no drive %s within %s (there are: %s)", spec, driveWait, strings.Join(names, " "))
+		}
+	}
+}
+
+func mountDisks(config *Config) error {
+	mount := func(spec, target string, flags uintptr) error {
+		device, err := waitForDrive(spec)
+		if err != nil {
+			return err
+		}
+		if err := os.MkdirAll(target, 0o755); err != nil {
+			return err
+		}
+		if err := syscall.Mount(device, target, "ext4", flags, ""); err != nil {
+			return fmt.Errorf("%s (%s) on %s: %w", device, spec, target, err)
+		}
+		return nil
+	}
+	if err := mount(config.Drives.Base, "/base", syscall.MS_RDONLY); err != nil {
+		return err
+	}
+	if err := mount(config.Drives.Own, "/own", syscall.MS_NOATIME); err != nil {
+		return err
+	}
+	for _, name := range []string{"/own/upper", "/own/work", "/own/docker", "/own/containerd"} {
+		if err := os.Mkdir(name, 0o755); err != nil && !os.IsExist(err) {
+			return err
+		}
+	}
+	if err := os.MkdirAll(newRoot, 0o755); err != nil {
+		return err
+	}
+	if err := syscall.Mount("overlay", newRoot, "overlay", 0, "lowerdir=/base,upperdir=/own/upper,workdir=/own/work"); err != nil {
+		return fmt.Errorf("overlay: %w", err)
+	}
+	return nil
+}
+
+// prepareRoot mounts what every root has and writes what the host decided. Nothing here trusts the image:
+// every path is resolved inside it.
+func prepareRoot(r *root, config *Config) error {
+	// Docker's and containerd's overlayfs cannot lie on ours: they get the ext4 itself.
+	for source, target := range map[string]string{"/own/docker": "/var/lib/docker", "/own/containerd": "/var/lib/containerd"} {
+		if err := r.mount(source, target, "", syscall.MS_BIND, ""); err != nil {
+			return err
+		}
+	}
+	if config.Drives.Modules != nil {
+		device, err := waitForDrive(*config.Drives.Modules)
+		if err != nil {
+			return err
+		}
+		raw, err := os.ReadFile("/proc/sys/kernel/osrelease")
+		if err != nil {
+			return err
+		}
+		target := "/lib/modules/" + strings.TrimSpace(string(raw))
+		if err := r.mount(device, target, "ext4", syscall.MS_RDONLY, ""); err != nil {
+			return err
+		}
+	}
+	if err := r.mount("tmpfs", "/run", "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV, "mode=0755"); err != nil {
+		return err
+	}
+	for _, name := range []string{"/dev/pts", "/dev/shm"} {
+		_ = os.Mkdir(name, 0o755)
+	}
+	if err := syscall.Mount("devpts", "/dev/pts", "devpts", syscall.MS_NOSUID|syscall.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"); err != nil {
+		return fmt.Errorf("/dev/pts: %w", err)
+	}
+	if err := syscall.Mount("tmpfs", "/dev/shm", "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV, "mode=1777"); err != nil {
+		return fmt.Errorf("/dev/shm: %w", err)
+	}
+	for source, name := range map[string]string{
+		"/proc/self/fd": "/dev/fd", "/proc/self/fd/0": "/dev/stdin", "/proc/self/fd/1": "/dev/stdout", "/proc/self/fd/2": "/dev/stderr",
+	} {
+		_ = os.Symlink(source, name) // an init makes them too; with none the agent stays PID 1
+	}
+	if config.Hostname != "" {
+		if err := syscall.Sethostname([]byte(config.Hostname)); err != nil {
+			return fmt.Errorf("hostname: %w", err)
+		}
+	}
+	for i := range config.Directories {
+		if err := r.makeDirectory(&config.Directories[i]); err != nil {
+			return err
+		}
+	}
+	for i := range config.Files {
+		if err := r.writeFile(&config.Files[i]); err != nil {
+			return err
+		}
+	}
+	// Debian's tmpfiles.d says `D /tmp`: systemd-tmpfiles would empty /tmp during the boot, under a command that
+	// the agent already runs. A file of this name in /run comes before the one in /usr/lib.
+	return r.writeFile(&File{Path: "/run/tmpfiles.d/tmp.conf", Mode: 0o644, Content: []byte("q /tmp 1777 root root 10d\n")})
+}
+
+// findInit returns the argv of the image's init, nil when it has none.
+func findInit(r *root, override []string) ([]string, error) {
+	if len(override) > 0 {
+		if !r.isExecutable(override[0]) {
+			return nil, fmt.Errorf("%s is not an executable file of the image", override[0])
+		}
+		return override, nil
+	}
+	for _, name := range images {
+		if r.isExecutable(name) {
+			return []string{name}, nil
+		}
+	}
+	return nil, nil
+}
+
+// enterRoot makes the new root `/`, as switch_root(8) does, and frees what the initramfs holds.
+func enterRoot(r *root) error {
+	// boot.json holds private keys, the modules some MiB. The agent's own file lives on as long as it runs.
+	_ = os.RemoveAll("/banger")
+	_ = os.Remove("/init")
+	for _, name := range []string{"/dev", "/sys", "/proc"} {
+		if err := r.mount(name, name, "", syscall.MS_MOVE, ""); err != nil {
+			return err
+		}
+	}
+	syscall.Close(r.fd)
+	if err := os.Chdir(newRoot); err != nil {
+		return err
+	}
+	if err := syscall.Mount(".", "/", "", syscall.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("move the root: %w", err)
+	}
+	if err := syscall.Chroot("."); err != nil {
+		return err
+	}
+	return os.Chdir("/")
+}
+
+// startAgent starts the long-lived agent and waits until it serves its ports.
+func startAgent(isInit bool, late *Network) (int, error) {
+	var fds [2]int
+	if err := syscall.Pipe2(fds[:], syscall.O_CLOEXEC); err != nil {
+		return 0, err
+	}
+	defer syscall.Close(fds[0])
+	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer null.Close()
+	mode := "beside"
+	if isInit {
+		mode = "init"
+	}
+	network, err := json.Marshal(late)
+	if err != nil {
+		return 0, err
+	}
+	write := os.NewFile(uintptr(fds[1]), "ready")
+	// The link resolves to our file though it has no name in the new root any more.
+	process, err := os.StartProcess("/proc/self/exe", []string{AgentArgument, mode, string(network)}, &os.ProcAttr{
+		Dir: "/", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "GOTRACEBACK=single"},
+		Files: []*os.File{null, null, null, write},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+	write.Close()
+	if err != nil {
+		return 0, err
+	}
+	if err := syscall.SetNonblock(fds[0], true); err != nil {
+		return 0, err
+	}
+	for deadline := time.Now().Add(readyWait); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		var one [1]byte
+		n, err := syscall.Read(fds[0], one[:])
+		if n == 1 {
+			break
+		}
+		if n == 0 && err == nil {
+			return 0, fmt.Errorf("it died")
+		}
+	}
+	return process.Pid, nil
+}
+
+// TellReady is the agent's answer to startAgent.
+func TellReady() {
+	_, _ = syscall.Write(readyFD, []byte{1})
+	syscall.Close(readyFD)
+}
+
+// beInit reaps, and starts the agent again should it ever die.
+func beInit(agent int, late *Network) error {
+	for deaths := 0; ; {
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, 0, nil)
+		if err == syscall.EINTR {
+			continue
+		}
+		if err != nil && err != syscall.ECHILD {
+			return err
+		}
+		if pid == agent || err == syscall.ECHILD {
+			deaths++
+			if deaths > 5 {
+				return fmt.Errorf("the agent died %d times", deaths)
+			}
+			Log("the agent died (status %d), starting it again", status)
+			if agent, err = startAgent(true, late); err != nil {
+				return err
+			}
+		}
+	}
+}

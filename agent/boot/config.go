@@ -1,0 +1,105 @@
+// Package boot is /init: from the initramfs to the image's own init, with the agent beside it.
+package boot
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path"
+	"strings"
+)
+
+// Config is /banger/boot.json. All of it is decided by the host.
+type Config struct {
+	Hostname    string      `json:"hostname"`
+	Drives      Drives      `json:"drives"`
+	Files       []File      `json:"files"`
+	Directories []Directory `json:"directories"`
+	Network     *Network    `json:"network"`
+	TimeUnixNs  int64       `json:"time_unix_ns"`
+	Init        []string    `json:"init"`
+}
+
+// Drives says which disk is which: a device path, or `serial:<serial>`, which no probe order changes.
+type Drives struct {
+	Base    string  `json:"base"`
+	Own     string  `json:"own"`
+	Modules *string `json:"modules"`
+}
+
+// File is written inside the new root in place of what is there.
+type File struct {
+	Path         string `json:"path"`
+	Mode         uint32 `json:"mode"`
+	UID          int    `json:"uid"`
+	GID          int    `json:"gid"`
+	Content      []byte `json:"content_b64"`
+	SkipIfExists bool   `json:"skip_if_exists"`
+}
+
+// Directory is made inside the new root, or given this mode and owner.
+type Directory struct {
+	Path string `json:"path"`
+	Mode uint32 `json:"mode"`
+	UID  int    `json:"uid"`
+	GID  int    `json:"gid"`
+}
+
+// Network is the static IPv4 configuration of one interface.
+type Network struct {
+	Interface   string   `json:"interface"`
+	AddressCIDR string   `json:"address_cidr"`
+	Gateway     string   `json:"gateway"`
+	DNS         []string `json:"dns"` // resolv.conf is among Files: this is for the record
+}
+
+// ParseConfig checks boot.json.
+func ParseConfig(raw []byte) (*Config, error) {
+	config := &Config{}
+	if err := json.Unmarshal(raw, config); err != nil {
+		return nil, err
+	}
+	if config.Drives.Base == "" {
+		config.Drives.Base = "/dev/vda"
+	}
+	if config.Drives.Own == "" {
+		config.Drives.Own = "/dev/vdb"
+	}
+	for i := range config.Files {
+		if err := checkPath(config.Files[i].Path); err != nil {
+			return nil, err
+		}
+		if config.Files[i].Mode == 0 {
+			config.Files[i].Mode = 0o644
+		}
+	}
+	for i := range config.Directories {
+		if err := checkPath(config.Directories[i].Path); err != nil {
+			return nil, err
+		}
+		if config.Directories[i].Mode == 0 {
+			config.Directories[i].Mode = 0o755
+		}
+	}
+	if config.Network != nil {
+		if _, _, err := parseAddress(config.Network.AddressCIDR); err != nil {
+			return nil, err
+		}
+	}
+	return config, nil
+}
+
+func checkPath(name string) error {
+	if !strings.HasPrefix(name, "/") || path.Clean(name) != name || name == "/" {
+		return fmt.Errorf("path %q is not absolute and clean", name)
+	}
+	return nil
+}
+
+func readConfig() (*Config, error) {
+	raw, err := os.ReadFile("/banger/boot.json")
+	if err != nil {
+		return nil, err
+	}
+	return ParseConfig(raw)
+}

@@ -1,0 +1,6 @@
+package sys
+
+const (
+	sysFstatat     = 262
+	sysFinitModule = 313
+)

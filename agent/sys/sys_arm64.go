@@ -1,0 +1,6 @@
+package sys
+
+const (
+	sysFstatat     = 79
+	sysFinitModule = 273
+)

@@ -1,0 +1,136 @@
+"""The words of the command line as data: nouns, verbs, their aliases and one-line help.
+
+Dispatch, help, suggestions and completion all read this table; none of them imports the
+module of a verb that is not run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """One verb: the module of `banger.cli` that runs it, and its line of help."""
+
+    module: str
+    help: str
+
+
+class Noun(NamedTuple):
+    """One noun. A noun without verbs is a command by itself: its verb is the empty string."""
+
+    help: str
+    verbs: dict[str, Verb]
+    aliases: dict[str, str] = {}  # noqa: RUF012 - a value, never written to
+
+
+NOUNS: dict[str, Noun] = {
+    "vm": Noun(
+        "Make, enter and remove virtual machines",
+        {
+            "run": Verb("vm_run", "Make a VM and enter it, or run a command in it"),
+            "create": Verb("vm_lifecycle", "Make a VM without entering it"),
+            "start": Verb("vm_lifecycle", "Start stopped VMs"),
+            "stop": Verb("vm_lifecycle", "Shut VMs down"),
+            "restart": Verb("vm_lifecycle", "Stop VMs and start them again"),
+            "kill": Verb("vm_lifecycle", "End VMs at once, like pulling the plug"),
+            "delete": Verb("vm_lifecycle", "Delete VMs and their disks"),
+            "prune": Verb("vm_lifecycle", "Delete every stopped VM"),
+            "set": Verb("vm_lifecycle", "Rename or resize a VM"),
+            "list": Verb("vm_show", "List VMs"),
+            "show": Verb("vm_show", "Show everything about a VM"),
+            "stats": Verb("vm_show", "Show what VMs cost the host, and their own view"),
+            "ports": Verb("vm_show", "List the ports that listen inside a VM"),
+            "logs": Verb("logs", "Show a VM's console, or its VMM's log"),
+            "exec": Verb("vm_exec", "Run a command in a running VM"),
+            "ssh": Verb("vm_ssh", "Enter a running VM through ssh"),
+            "cp": Verb("vm_cp", "Copy files between the host and a VM"),
+        },
+        {
+            "ls": "list",
+            "ps": "list",
+            "rm": "delete",
+            "remove": "delete",
+            "inspect": "show",
+            "shell": "ssh",
+            "copy": "cp",
+            "log": "logs",
+        },
+    ),
+    "image": Noun(
+        "Root file systems VMs are made from",
+        {
+            "list": Verb("artifacts", "List installed images and the catalog"),
+            "show": Verb("artifacts", "Show everything about an image"),
+            "pull": Verb("artifacts", "Make an image from its catalog entry"),
+            "delete": Verb("artifacts", "Delete images no VM uses"),
+        },
+        {"ls": "list", "rm": "delete", "remove": "delete", "inspect": "show"},
+    ),
+    "kernel": Noun(
+        "Kernels VMs boot",
+        {
+            "list": Verb("artifacts", "List installed kernels and the catalog"),
+            "show": Verb("artifacts", "Show everything about a kernel"),
+            "pull": Verb("artifacts", "Make a kernel from its catalog entry"),
+            "rm": Verb("artifacts", "Delete kernels no VM uses"),
+        },
+        {"ls": "list", "delete": "rm", "remove": "rm", "inspect": "show"},
+    ),
+    "daemon": Noun(
+        "The background process that owns the VMs",
+        {
+            "status": Verb("daemon", "Tell whether the daemon runs"),
+            "stop": Verb("daemon", "Stop the daemon; VMs go on"),
+            "logs": Verb("logs", "Show the daemon's log"),
+        },
+        {"log": "logs", "info": "status"},
+    ),
+    "config": Noun(
+        "The settings in force",
+        {
+            "show": Verb("config", "Show every setting with its value"),
+            "path": Verb("config", "Print the path of config.toml"),
+        },
+    ),
+    "doctor": Noun(
+        "Check this host, and mend it with --fix",
+        {"": Verb("doctor", "Check this host, and mend it with --fix")},
+    ),
+    "ssh-config": Noun(
+        "Let plain ssh, scp, rsync and editors reach NAME.vm",
+        {"": Verb("ssh_config", "Let plain ssh, scp, rsync and editors reach NAME.vm")},
+    ),
+    "completion": Noun(
+        "Print a completion script for bash, zsh or fish",
+        {"": Verb("completion", "Print a completion script for bash, zsh or fish")},
+    ),
+    "version": Noun(
+        "Print the version",
+        {"": Verb("version", "Print the version")},
+    ),
+}
+
+# Machinery: not shown, not suggested, not completed.
+HIDDEN: dict[str, Noun] = {
+    "internal": Noun(
+        "What ssh calls",
+        {"connect": Verb("internal", "Carry a TCP port of a VM over stdin and stdout")},
+    ),
+}
+
+SHORTCUTS: dict[str, tuple[str, str]] = {
+    "run": ("vm", "run"),
+    "ps": ("vm", "list"),
+    "ls": ("vm", "list"),
+    "exec": ("vm", "exec"),
+    "ssh": ("vm", "ssh"),
+    "cp": ("vm", "cp"),
+    "rm": ("vm", "delete"),
+    "images": ("image", "list"),
+    "kernels": ("kernel", "list"),
+    "pull": ("image", "pull"),
+}
+
+# The verbs whose stdout belongs to the guest's command: ours goes to stderr, even as JSON.
+STDOUT_IS_THE_GUESTS = {("vm", "exec"), ("vm", "ssh"), ("vm", "cp"), ("internal", "connect")}

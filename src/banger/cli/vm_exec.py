@@ -1,0 +1,140 @@
+"""`vm exec`: a command in a running VM, through the agent; and what `vm run -- CMD` shares."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from banger.cli import output
+from banger.cli.context import Context
+from banger.cli.parsing import Parser, add_execution, add_json, add_quiet
+from banger.errors import InvalidInput, UsageError
+
+if TYPE_CHECKING:
+    from banger.api.models import VmConnection
+    from banger.guest.agent import ExecRequest, ExitStatus
+
+EXIT_TIMED_OUT = 124  # as timeout(1)
+
+
+def build_exec(parser: Parser) -> None:
+    """Arguments of `vm exec`."""
+    parser.description = (
+        "Run a command in a running VM and exit with its status (128+n when signal n ended it,\n"
+        "126 and 127 as a shell, 124 past --timeout, 125 when banger itself failed).\n"
+        "Stdin is passed when it is not a terminal, or with -i. Stdout and stderr stay apart\n"
+        "and are binary-safe; nothing of banger's is ever written to stdout."
+    )
+    parser.takes_command = True
+    parser.command_after = 1
+    parser.add_argument("name", metavar="NAME")
+    add_execution(parser)
+    add_quiet(parser)
+    add_json(parser, "write the result as a line of JSON to stderr")
+    parser.examples(
+        ("banger vm exec box -- make test", "run it, exit with its status"),
+        ("banger vm exec -it box -- bash", "a shell without ssh"),
+        ("tar c . | banger vm exec box -- tar x -C /srv", "stdin goes along"),
+        ("banger vm exec -d box -- ./serve", "start it and return"),
+    )
+
+
+def run_exec(context: Context, args: argparse.Namespace) -> int:
+    """Run a command in a running VM."""
+    from banger.cli.vm_ssh import connect_running
+
+    if args.command is None:
+        raise UsageError("no command given", hint=f"banger vm exec {args.name} -- COMMAND")
+    # Before the daemon is asked: a bad value is told at once.
+    request = make_request(args, args.command)
+    return execute(connect_running(context, args.name), request, json=context.json)
+
+
+def make_request(
+    args: argparse.Namespace, command: list[str], *, directory: str | None = None
+) -> ExecRequest:
+    """Turn the options of `add_execution` into a request; `directory` is the default cwd."""
+    from banger.guest.agent import ExecRequest
+
+    timeout_s = None
+    if args.timeout is not None:
+        from banger.cli.vm_lifecycle import parse_seconds
+
+        timeout_s = parse_seconds(args.timeout)
+    if args.detach and (args.tty or args.interactive):
+        raise InvalidInput("-d goes with neither -t nor -i: nobody is attached to what it starts")
+    cwd = args.cwd if args.cwd is not None else directory
+    passes_stdin = args.interactive or not output.is_terminal(sys.stdin)
+    return ExecRequest(
+        argv=[os.fsencode(word) for word in command],
+        env=parse_environment(args.env),
+        cwd=None if cwd is None else os.fsencode(cwd),
+        user=args.user or "root",
+        tty=_terminal() if args.tty else None,
+        stdin="pipe" if passes_stdin and not args.detach else "null",
+        timeout_s=timeout_s,
+        detach=args.detach,
+    )
+
+
+def parse_environment(pairs: list[str]) -> dict[bytes, bytes]:
+    """Parse `K=V` (or `K`: the host's own value, when it has one)."""
+    found: dict[bytes, bytes] = {}
+    for pair in pairs:
+        name, separator, value = os.fsencode(pair).partition(b"=")
+        if not name:
+            raise InvalidInput(f"--env takes K=V, not {pair!r}", hint="for example --env CI=1")
+        if separator:
+            found[name] = value
+        elif name in os.environb:
+            found[name] = os.environb[name]
+    return found
+
+
+def _terminal() -> tuple[int, int, str]:
+    for fd in (0, 1, 2):
+        try:
+            columns, rows = os.get_terminal_size(fd)
+        except OSError:
+            continue
+        if columns and rows:
+            return rows, columns, os.environ.get("TERM") or "xterm-256color"
+    return 24, 80, os.environ.get("TERM") or "xterm-256color"
+
+
+def execute(connection: VmConnection, request: ExecRequest, *, json: bool) -> int:
+    """Run a request over our own stdin, stdout and stderr and return the exit status."""
+    from banger.cli import attach
+    from banger.guest import transport
+
+    endpoint = transport.endpoint_from_wire(connection["endpoint"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    status = attach.run_exec(
+        endpoint,
+        request,
+        stdin_fd=0 if request.stdin == "pipe" else None,
+        stdout_fd=1,
+        stderr_fd=2,
+    )
+    code = EXIT_TIMED_OUT if status.timed_out else status.exit_code
+    if json:
+        output.write_json_line(_result(connection, status, code), sys.stderr)
+    return code
+
+
+def _result(connection: VmConnection, status: ExitStatus, code: int) -> dict[str, Any]:
+    return {
+        "type": "result",
+        "result": {
+            "name": connection["vm"]["name"],
+            "exit_code": code,
+            "signal": status.signal or None,
+            "timed_out": bool(status.timed_out),
+        },
+    }
+
+
+VERBS = {"exec": (build_exec, run_exec)}

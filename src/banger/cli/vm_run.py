@@ -1,0 +1,362 @@
+"""`vm run`: make a VM, copy a repository in, then a shell or a command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from banger.cli import output
+from banger.cli.context import Context
+from banger.cli.parsing import (
+    CREATION_FIELDS,
+    Parser,
+    add_creation,
+    add_execution,
+    add_json,
+    add_quiet,
+)
+from banger.cli.progress import Progress, follow
+from banger.errors import BangerError, Conflict, InvalidInput, NotFound, UsageError
+
+if TYPE_CHECKING:
+    from banger.api.models import Vm, VmConnection, VmCreate
+    from banger.guest.agent import ExecRequest
+    from banger.services.workspaces import Workspace
+
+_MARKER = "told-about-emulation"
+
+
+def build_run(parser: Parser) -> None:
+    """Arguments of `vm run`."""
+    parser.usage = "banger vm run [PATH] [OPTIONS] [-- COMMAND...]"
+    parser.description = (
+        "Make a VM and enter it. With PATH, the git repository there is copied to\n"
+        "/root/<its name> first (tracked files, and untracked ones that are not ignored).\n"
+        "With a command, run that instead of a shell and exit with its status.\n"
+        "The VM stays until you delete it, unless --rm is given."
+    )
+    parser.takes_command = True
+    parser.add_argument("path", nargs="?", metavar="PATH", help="a git repository to copy in")
+    add_creation(parser)
+    group = parser.add_argument_group("what happens to it")
+    group.add_argument("--rm", action="store_true", help="delete the VM when this command ends")
+    group.add_argument("--branch", metavar="NAME", help="begin this new branch in the copy")
+    group.add_argument("--from", dest="from_ref", metavar="REF", help="where --branch begins")
+    add_execution(parser)
+    add_quiet(parser)
+    add_json(
+        parser,
+        "print the VM as JSON and open no shell; with a command, write events and the "
+        "result as lines of JSON to stderr",
+    )
+    parser.examples(
+        ("banger vm run", "a clean shell"),
+        ("banger vm run ./repo", "a shell in a copy of the repository"),
+        ("banger vm run ./repo -- make test", "run it there, exit with its status"),
+        ("banger vm run --rm -- uname -a", "and leave nothing behind"),
+        ("banger vm run --name box", "make `box`, or enter it again"),
+        ("banger vm run -d --name web ./site -- ./serve", "start it and return"),
+    )
+
+
+def run_run(context: Context, args: argparse.Namespace) -> int:
+    """Make a VM, fill it, and run what was asked for."""
+    _check_combination(args)
+    if _may_enter_again(args):
+        vm = _existing(context, args.name)
+        if vm is not None:
+            return _enter_again(context, vm, args)
+    request = _creation(args)
+    workspace = _open_workspace(args)
+    directory = None if workspace is None else workspace.guest_directory
+    execution = None
+    if args.command is not None:
+        from banger.cli.vm_exec import make_request
+
+        execution = make_request(args, args.command, directory=directory)
+    elif not args.json and not args.detach:
+        from banger.cli.vm_ssh import find_ssh
+
+        find_ssh(args.name or "NAME")  # before the work, not behind it
+
+    with Progress(quiet=args.quiet, json_lines=args.json) as progress:
+        vm = _create(context, request, progress)
+        with _deleted_at_end(context, vm["name"], wanted=args.rm):
+            _tell_emulation(context, vm, args)
+            with _deleted_on_failure(context, vm["name"], wanted=not args.rm):
+                connection = context.client.connect_vm(vm["name"])
+                if workspace is not None:
+                    _copy(connection, workspace, args, progress)
+            return _finish(
+                context,
+                connection,
+                args,
+                execution=execution,
+                directory=directory,
+                progress=progress,
+            )
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    if args.path is None and (args.branch or args.from_ref):
+        raise InvalidInput(
+            "--branch and --from need a repository", hint="banger vm run ./repo --branch NAME"
+        )
+    if args.from_ref and not args.branch:
+        raise InvalidInput("--from needs --branch", hint="add --branch NAME")
+    if args.rm and args.detach:
+        raise InvalidInput(
+            "--rm deletes the VM when this command ends, and -d ends it at once",
+            hint="leave one of them out",
+        )
+    if args.command is None:
+        given = [
+            name for name in ("cwd", "user", "timeout", "tty", "interactive") if getattr(args, name)
+        ]
+        if given or args.env:
+            option = f"--{given[0]}" if given else "--env"
+            raise UsageError(f"{option} is for a command", hint="banger vm run ... -- COMMAND")
+
+
+# -- entering again
+
+
+def _may_enter_again(args: argparse.Namespace) -> bool:
+    creation = [field for field in CREATION_FIELDS if field != "name"]
+    given = [field for field in creation if getattr(args, field) is not None]
+    asks_more = args.path or args.command is not None or args.rm or args.detach or args.json
+    return bool(args.name) and not given and not asks_more
+
+
+def _existing(context: Context, name: str) -> Vm | None:
+    try:
+        return context.client.get_vm(name)
+    except (NotFound, InvalidInput):
+        return None
+
+
+def _enter_again(context: Context, vm: Vm, args: argparse.Namespace) -> int:
+    name = vm["name"]
+    with Progress(quiet=args.quiet) as progress:
+        if vm["state"] == "running":
+            _say(args, f"{name} exists and runs: entering it again")
+        else:
+            _say(args, f"{name} exists and is {vm['state']}: starting it")
+            vm = follow(context.client, context.client.start_vm(name), progress)
+        _tell_emulation(context, vm, args)
+        connection = context.client.connect_vm(name)
+        return _shell(context, connection, None, args, progress)
+
+
+# -- making
+
+
+def _creation(args: argparse.Namespace) -> VmCreate:
+    from banger.cli.vm_lifecycle import creation_request
+
+    request = creation_request(args)
+    request["start"] = True
+    if args.rm:
+        request["owner_pid"] = os.getpid()
+    return request
+
+
+def _create(context: Context, request: VmCreate, progress: Progress) -> Vm:
+    progress.stage("create the VM")
+    try:
+        vm: Vm = follow(context.client, context.client.create_vm(request), progress)
+    except Conflict as error:
+        name = request.get("name")
+        if error.hint or name is None:
+            raise
+        hint = f"enter it with `banger vm ssh {name}`, or `banger vm delete {name}` first"
+        raise Conflict(error.message, hint=hint, code=error.code) from error
+    return vm
+
+
+@contextlib.contextmanager
+def _deleted_at_end(context: Context, name: str, *, wanted: bool) -> Any:
+    """Delete the VM however the block ends; the daemon does it when we are killed."""
+    try:
+        yield
+    finally:
+        if wanted:
+            _delete(context, name)
+
+
+@contextlib.contextmanager
+def _deleted_on_failure(context: Context, name: str, *, wanted: bool) -> Any:
+    """Delete a VM we made when it could not be filled: nobody asked for half of one."""
+    try:
+        yield
+    except BaseException:
+        if wanted:
+            _delete(context, name)
+        raise
+
+
+def _delete(context: Context, name: str) -> None:
+    try:
+        context.client.wait(context.client.delete_vm(name), lambda _: None)
+    except NotFound:
+        return
+    except BangerError as error:
+        output.warn(f"{name} was not deleted: {error.message}")
+
+
+def _tell_emulation(context: Context, vm: Vm, args: argparse.Namespace) -> None:
+    """Say once per user that VMs are emulated here, and why."""
+    marker = os.path.join(context.paths.state_dir, _MARKER)
+    if vm["accel"] != "tcg" or args.quiet or os.path.exists(marker):
+        return
+    reason = f": {vm['accel_reason']}" if vm["accel_reason"] else ""
+    output.notice(
+        f"no usable KVM here, so VMs are emulated (tcg) and several times slower{reason}. "
+        "This is said once; `banger doctor` tells more"
+    )
+    with contextlib.suppress(OSError):
+        os.makedirs(context.paths.state_dir, mode=0o700, exist_ok=True)
+        os.close(os.open(marker, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
+# -- the repository
+
+
+def _open_workspace(args: argparse.Namespace) -> Workspace | None:
+    if args.path is None:
+        return None
+    from banger.services import workspaces
+
+    workspace = workspaces.open_workspace(args.path)
+    if args.branch:
+        workspaces.check_branch(workspace, args.branch, args.from_ref)
+    return workspace
+
+
+def _copy(
+    connection: VmConnection, workspace: Workspace, args: argparse.Namespace, progress: Progress
+) -> None:
+    from banger.guest import agent, transport
+    from banger.services import workspaces
+
+    endpoint = transport.endpoint_from_wire(connection["endpoint"])
+    progress.stage(f"copy {workspace.name} to {workspace.guest_directory}")
+    agent.put_tar(
+        endpoint,
+        os.fsencode(workspaces.GUEST_HOME),
+        _counted(workspaces.iter_tar(workspace, warn=progress.warning), progress),
+    )
+    if args.branch:
+        argv = workspaces.branch_argv(workspace, args.branch, args.from_ref)
+        status, _, stderr = agent.capture_exec(endpoint, argv, timeout_s=600)
+        if status.exit_code != 0:
+            lines = stderr.decode(errors="replace").strip().splitlines()
+            raise InvalidInput(
+                f"--branch {args.branch}: git says: {lines[-1] if lines else 'nothing'}",
+                hint="commit or stash what conflicts, or leave --from out",
+            )
+
+
+def _counted(chunks: Any, progress: Progress) -> Any:
+    done = 0
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        progress.progress(done)
+
+
+# -- the shell or the command
+
+
+def _finish(
+    context: Context,
+    connection: VmConnection,
+    args: argparse.Namespace,
+    *,
+    execution: ExecRequest | None,
+    directory: str | None,
+    progress: Progress,
+) -> int:
+    name = connection["vm"]["name"]
+    if execution is not None:
+        from banger.cli.vm_exec import execute
+
+        progress.close()
+        code = execute(connection, execution, json=args.json)
+        if args.detach:
+            if not args.json:
+                output.write_line(name)
+            _say(args, f"the command runs in {name}; `banger vm ssh {name}` looks after it")
+        elif not args.rm:
+            _say(args, f"{name} stays: `banger vm ssh {name}` enters it, "
+                       f"`banger vm delete {name}` deletes it")  # fmt: skip
+        return code
+    if args.json:
+        progress.close()
+        output.write_json(context.client.get_vm(name))
+        return 0
+    if args.detach:
+        progress.close()
+        output.write_line(name)
+        return 0
+    return _shell(context, connection, directory, args, progress)
+
+
+def _shell(
+    context: Context,
+    connection: VmConnection,
+    directory: str | None,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> int:
+    from banger.cli.vm_ssh import prepare
+
+    name = connection["vm"]["name"]
+    argv = prepare(context, connection, progress)
+    progress.close()
+    if output.is_terminal(sys.stdin):
+        argv.insert(1, "-t")
+    if directory is not None:
+        import shlex
+
+        argv += ["--", f'cd {shlex.quote(directory)} && exec "${{SHELL:-/bin/sh}}" -l']
+    code = _run_interactive(argv)
+    if not args.rm:
+        _say(args, f"{name} stays: `banger vm ssh {name}` comes back, "
+                   f"`banger vm delete {name}` deletes it")  # fmt: skip
+    return code
+
+
+def _run_interactive(argv: list[str]) -> int:
+    """Run ssh on our terminal; Ctrl-C is its business, not ours, until it ends."""
+    import subprocess
+
+    def leave_to_ssh(_number: int, _frame: object) -> None:
+        # A handler, not SIG_IGN: an ignored signal would stay ignored in the child.
+        return
+
+    previous = {
+        number: signal.signal(number, leave_to_ssh) for number in (signal.SIGINT, signal.SIGQUIT)
+    }
+    try:
+        code = subprocess.call(argv)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    if args.quiet:
+        return
+    if args.json:
+        output.write_json_line({"type": "notice", "message": text}, sys.stderr)
+        return
+    output.notice(text)
+
+
+VERBS = {"run": (build_run, run_run)}

@@ -1,0 +1,137 @@
+"""The configuration file: `~/.config/banger/config.toml`, all of it optional.
+
+Owns its keys, their types and defaults; `docs/config.md` describes each, and a test compares
+the two. Keys whose feature comes with a later issue are taken and checked already.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+
+import msgspec
+
+from banger.errors import InvalidInput, nearest
+from banger.types import parse_size
+
+CONFIG_NAME = "config.toml"
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class VmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of a new VM; an absent one comes from the host."""
+
+    vcpu: int | None = None
+    memory: str | int | None = None
+    disk_size: str | int | None = None
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every key of the file."""
+
+    default_image_name: str = "debian-bookworm"
+    default_kernel_name: str = "generic-6.12"
+    vmm: str = "auto"
+    network: str = "user"
+    ssh_key_path: str = ""
+    qemu_bin: str = "qemu-system-x86_64"
+    firecracker_bin: str = "firecracker"
+    debian_mirror: str = ""
+    default_dns: list[str] = []
+    log_level: str = "info"
+    web_listen_addr: str = ""
+    bridge_name: str = "br-banger"
+    bridge_ip: str = "172.16.0.1"
+    cidr: str = "172.16.0.0/24"
+    tap_pool_size: int = 4
+    vm: VmConfig = VmConfig()
+
+
+def config_path(config_dir: str) -> str:
+    """Return where the file is looked for."""
+    return os.path.join(config_dir, CONFIG_NAME)
+
+
+def load_config(config_dir: str) -> Config:
+    """Return the configuration; an absent file is an empty one.
+
+    Raises InvalidInput naming file, key and, for an unknown key, the nearest known one.
+    """
+    path = config_path(config_dir)
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return Config()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
+    return parse_config(text, path)
+
+
+def parse_config(text: bytes, path: str) -> Config:
+    """Return the configuration of a file's text; see `load_config` for what it raises."""
+    try:
+        raw = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} is not TOML: {error}", hint="see docs/config.md") from error
+    _check_keys(raw, Config, path, "")
+    if isinstance(raw.get("vm"), dict):
+        _check_keys(raw["vm"], VmConfig, path, "vm.")
+    try:
+        config = msgspec.convert(raw, Config)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"{path}: {error}", hint="see docs/config.md") from error
+    _check_values(config, path)
+    return config
+
+
+def size_of(value: str | int) -> int:
+    """Return the bytes of a size in the file: a number of bytes, or text such as "2GiB"."""
+    return value if isinstance(value, int) else parse_size(value)
+
+
+def _check_keys(
+    raw: dict[str, object], shape: type[msgspec.Struct], path: str, prefix: str
+) -> None:
+    known = list(shape.__struct_fields__)
+    for key in raw:
+        if key not in known:
+            close = nearest(key, known)
+            raise InvalidInput(
+                f"{path}: unknown key {prefix}{key}",
+                hint=f"did you mean {prefix}{close}?" if close else "docs/config.md has every key",
+            )
+
+
+def _check_values(config: Config, path: str) -> None:
+    def refuse(key: str, why: str) -> None:
+        raise InvalidInput(f"{path}: {key}: {why}", hint="see docs/config.md")
+
+    if config.vmm not in ("auto", "qemu", "firecracker"):
+        refuse("vmm", f"{config.vmm!r} is not auto, qemu or firecracker")
+    if config.network not in ("user", "none"):
+        refuse("network", f"{config.network!r} is not user or none")
+    if config.log_level not in _LOG_LEVELS:
+        refuse("log_level", f"{config.log_level!r} is not one of {', '.join(_LOG_LEVELS)}")
+    if not 0 <= config.tap_pool_size <= 64:
+        refuse("tap_pool_size", "0 to 64")
+    # IFNAMSIZ is 16 with the closing NUL (linux/if.h).
+    if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,15}", config.bridge_name):
+        refuse("bridge_name", "1 to 15 of a-z, 0-9, '_', '.', '-'")
+    try:
+        ipaddress.ip_address(config.bridge_ip)
+        ipaddress.ip_network(config.cidr)
+        for server in config.default_dns:
+            ipaddress.ip_address(server)
+    except ValueError as error:
+        refuse("bridge_ip, cidr or default_dns", str(error))
+    if config.vm.vcpu is not None and config.vm.vcpu < 1:
+        refuse("vm.vcpu", "at least 1")
+    for key, value in (("vm.memory", config.vm.memory), ("vm.disk_size", config.vm.disk_size)):
+        try:
+            if value is not None and size_of(value) < 1:
+                refuse(key, "a size above 0")
+        except InvalidInput as error:
+            refuse(key, error.message)

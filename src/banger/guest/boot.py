@@ -1,0 +1,269 @@
+"""What a guest starts from: the initramfs, and the boot configuration in it.
+
+Owns the cpio format (newc), the segment that every VM of a kernel shares (agent and boot
+modules), the small segment of one VM, and the values the agent reads from it. Leaves
+reading them to the agent (agent/boot) and the kernel's files to `kernels`.
+
+An initramfs here is uncompressed: the kernel under emulation takes longer to decompress
+than the host to read 5 MB.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from banger.errors import Corrupted, InvalidInput, Unavailable
+from banger.host.files import make_private_directory, no_space_named
+
+BOOT_CONFIG_VERSION = 1
+BOOT_CONFIG_PATH = "banger/boot.json"
+# The kernel refuses a single file of 4 GiB; our own files are far below.
+_MAX_FILE_BYTES = (1 << 32) - 1
+_MAX_NAME_BYTES = 4096  # PATH_MAX, which init/initramfs.c enforces
+_TRAILER = b"TRAILER!!!"
+
+
+class CpioEntry(NamedTuple):
+    """One member of a cpio archive; `mode` has the file type bits (stat.S_IFREG and so on)."""
+
+    name: bytes
+    mode: int
+    data: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
+def file_entry(name: str, data: bytes, mode: int = 0o644) -> CpioEntry:
+    """Return a regular file."""
+    return CpioEntry(os.fsencode(name), stat.S_IFREG | mode, data)
+
+
+def directory_entry(name: str, mode: int = 0o755) -> CpioEntry:
+    """Return a directory."""
+    return CpioEntry(os.fsencode(name), stat.S_IFDIR | mode)
+
+
+def cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
+    """Return a newc archive of root-owned entries (Documentation/driver-api/early-userspace/
+    buffer-format.rst), with its trailer, padded to 512 bytes so that another may follow.
+
+    Parents come before children; that is the caller's to see to. Raises InvalidInput for a
+    name the kernel would not unpack.
+    """
+    out = bytearray()
+    for number, entry in enumerate(entries, start=1):
+        _append(out, entry, number)
+    _append(out, CpioEntry(_TRAILER, 0), 0)
+    out += bytes(-len(out) % 512)
+    return bytes(out)
+
+
+def _append(out: bytearray, entry: CpioEntry, number: int) -> None:
+    name = entry.name
+    if not name or b"\0" in name or len(name) >= _MAX_NAME_BYTES or name.startswith(b"/"):
+        raise InvalidInput(f"{name!r} is not a name for a cpio archive")
+    if name == _TRAILER and number:
+        raise InvalidInput("a cpio archive ends at a file of that name")
+    if len(entry.data) > _MAX_FILE_BYTES:
+        raise InvalidInput(f"{name!r} is too large for a cpio archive")
+    links = 2 if stat.S_ISDIR(entry.mode) else 1
+    # magic, then 13 fields of 8 hexadecimal digits: inode, mode, uid, gid, links, mtime,
+    # size, device (2), rdev (2), length of the name, checksum (unused)
+    fields = (
+        number, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, *entry.device, len(name) + 1, 0,
+    )  # fmt: skip
+    out += b"070701" + b"".join(b"%08X" % field for field in fields) + name + b"\0"
+    out += bytes(-len(out) % 4)
+    out += entry.data
+    out += bytes(-len(out) % 4)
+
+
+def agent_binary() -> Path:
+    """Return the path of the guest agent; raise Unavailable when it has not been built."""
+    path = Path(str(resources.files("banger.guest"))) / "bin" / "banger-agent-x86_64"
+    if not path.is_file():
+        raise Unavailable("the guest agent is not built", hint="make agent")
+    return path
+
+
+def base_segment(
+    kernel_directory: Path, *, cache_dir: Path, agent: Path | None = None
+) -> Path:
+    """Return the initramfs segment that all VMs with this kernel and agent share.
+
+    It is made once and kept below the cache directory under the digest of what is in it.
+    Blocks for some milliseconds: call it in a thread. Raises Corrupted when the kernel's
+    boot modules do not read.
+    """
+    agent = agent or agent_binary()
+    agent_data = agent.read_bytes()
+    modules = _read_boot_modules(kernel_directory / "boot-modules")
+    digest = hashlib.sha256(agent_data)
+    for name, data in modules:
+        digest.update(b"\0%s\0%d\0" % (name.encode(), len(data)))
+        digest.update(data)
+    directory = make_private_directory(cache_dir / "initramfs")
+    segment = directory / f"{digest.hexdigest()[:32]}.cpio"
+    if segment.exists():
+        return segment
+    archive = cpio_archive(
+        [
+            directory_entry("dev"),
+            # The kernel opens it for /init before anything is mounted.
+            CpioEntry(b"dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
+            directory_entry("banger", 0o700),
+            directory_entry("banger/modules", 0o700),
+            *(file_entry(f"banger/modules/{name}.ko", data, 0o600) for name, data in modules),
+            file_entry(
+                "banger/modules.list", "".join(f"{name}\n" for name, _ in modules).encode(), 0o600
+            ),
+            file_entry("init", agent_data, 0o755),
+        ]
+    )
+    _write_whole(segment, [archive])
+    return segment
+
+
+def _read_boot_modules(directory: Path) -> list[tuple[str, bytes]]:
+    try:
+        names = (directory / "list").read_text("utf-8").split()
+        return [(name, (directory / f"{name}.ko").read_bytes()) for name in names]
+    except OSError as error:
+        name = directory.parent.name
+        raise Corrupted(
+            f"kernel {name} is corrupted: its boot modules do not read: {error}",
+            hint=f"`banger kernel pull --force {name}` takes it anew",
+        ) from error
+
+
+def write_initramfs(output: Path, base: Path, boot: Mapping[str, Any]) -> None:
+    """Write a VM's initramfs: the shared segment followed by the VM's own.
+
+    It holds the machine's private keys, hence mode 0600 here and for the file in it.
+    """
+    own = cpio_archive([file_entry(BOOT_CONFIG_PATH, json.dumps(boot).encode(), 0o600)])
+    _write_whole(output, [base.read_bytes(), own])
+
+
+def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
+    # Not durable on purpose: it can be made again, and an fsync costs more than the copy.
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with no_space_named(path.parent):
+            fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                for part in parts:
+                    file.write(part)
+            os.rename(staged, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            staged.unlink()
+        raise
+
+
+class GuestNetwork(NamedTuple):
+    """How the guest's interface is set up: `address_cidr` such as 10.0.2.15/24."""
+
+    address_cidr: str
+    gateway: str
+    dns: tuple[str, ...]
+    interface: str = "eth0"
+
+
+def boot_config(
+    *,
+    hostname: str,
+    machine_id: str,
+    network: GuestNetwork | None,
+    authorized_key: str,
+    host_keys: Mapping[str, bytes],
+    environment: Mapping[str, str] | None = None,
+    init: str | None = None,
+    time_unix_ns: int | None = None,
+) -> dict[str, Any]:
+    """Return the boot configuration of a VM, as the agent reads it.
+
+    `host_keys` maps file names below /etc/ssh (ssh_host_ed25519_key and its .pub) to their
+    content. `init` overrides the image's own init. `environment` goes to /etc/environment
+    only where given.
+    """
+    files = [
+        _file("/etc/hostname", f"{hostname}\n"),
+        _file("/etc/hosts", hosts_file(hostname)),
+        _file("/etc/machine-id", f"{machine_id}\n", mode=0o444),
+        # Without a network the image's own stays.
+        *([_file("/etc/resolv.conf", resolv_conf(network.dns))] if network else []),
+        _file("/root/.ssh/authorized_keys", f"{authorized_key.strip()}\n", mode=0o600),
+        *(
+            _file(
+                f"/etc/ssh/{name}", content, mode=0o644 if name.endswith(".pub") else 0o600
+            )
+            for name, content in sorted(host_keys.items())
+        ),
+    ]
+    if environment:
+        text = "".join(f"{key}={value}\n" for key, value in sorted(environment.items()))
+        files.append(_file("/etc/environment", text))
+    return {
+        "version": BOOT_CONFIG_VERSION,
+        "hostname": hostname,
+        "drives": {
+            "base": "serial:banger-base",
+            "own": "serial:banger-own",
+            "modules": "serial:banger-mods",
+        },
+        "network": None
+        if network is None
+        else {
+            "interface": network.interface,
+            "address_cidr": network.address_cidr,
+            "gateway": network.gateway,
+            "dns": list(network.dns),
+        },
+        "directories": [
+            {"path": "/etc/ssh", "mode": 0o755, "uid": 0, "gid": 0},
+            {"path": "/root", "mode": 0o700, "uid": 0, "gid": 0},
+            {"path": "/root/.ssh", "mode": 0o700, "uid": 0, "gid": 0},
+        ],
+        "files": files,
+        "time_unix_ns": time.time_ns() if time_unix_ns is None else time_unix_ns,
+        "init": init,
+    }
+
+
+def hosts_file(hostname: str) -> str:
+    """Return /etc/hosts as Debian writes it, with the machine's own name."""
+    return (
+        "127.0.0.1\tlocalhost\n"
+        f"127.0.1.1\t{hostname}\n"
+        "::1\tlocalhost ip6-localhost ip6-loopback\n"
+        "ff02::1\tip6-allnodes\n"
+        "ff02::2\tip6-allrouters\n"
+    )
+
+
+def resolv_conf(dns: Sequence[str]) -> str:
+    """Return /etc/resolv.conf for these servers, with no search domain."""
+    return "search .\n" + "".join(f"nameserver {server}\n" for server in dns)
+
+
+def _file(path: str, content: str | bytes, *, mode: int = 0o644) -> dict[str, Any]:
+    data = content.encode() if isinstance(content, str) else content
+    return {
+        "path": path,
+        "mode": mode,
+        "uid": 0,
+        "gid": 0,
+        "content_b64": base64.b64encode(data).decode(),
+        "skip_if_exists": False,
+    }

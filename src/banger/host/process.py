@@ -1,0 +1,126 @@
+"""Processes that outlive us, named so that a reused pid is never taken for them.
+
+A process is (boot id, pid, start time): what /proc says of it must match all three.
+Owns reading /proc and pidfds; leaves spawning VMMs to their adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def boot_id() -> str:
+    """Return the kernel's id of this boot: pids of another boot mean nothing."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # Field 2 is the command in parentheses and may hold anything, also parentheses.
+    return text[text.rindex(")") + 2 :].split()
+
+
+def start_ticks(pid: int) -> int | None:
+    """Return field 22 of /proc/PID/stat (clock ticks since boot), or None; a zombie is gone."""
+    fields = _stat_fields(pid)
+    if fields is None or fields[0] in ("Z", "X"):
+        return None
+    return int(fields[19])
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessUsage:
+    """What a process has cost so far."""
+
+    cpu_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """One process of one boot."""
+
+    boot_id: str
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessIdentity | None:
+        """Return the identity of a live process, or None."""
+        started = start_ticks(pid)
+        return None if started is None else cls(boot_id(), pid, started)
+
+    def alive(self) -> bool:
+        """Tell whether this very process runs."""
+        return self.boot_id == boot_id() and start_ticks(self.pid) == self.start_ticks
+
+    def open_pidfd(self) -> int | None:
+        """Return a pidfd of this very process (the caller closes it), or None when it is gone."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        if self.alive():  # checked after the open: from here on the fd cannot be another's
+            return fd
+        os.close(fd)
+        return None
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Signal this very process; gone is fine."""
+        fd = self.open_pidfd()
+        if fd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+            os.close(fd)
+
+    async def wait(self) -> None:
+        """Return when this process has ended (at once when it is gone)."""
+        fd = self.open_pidfd()
+        if fd is None:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(fd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+
+    def usage(self) -> ProcessUsage | None:
+        """Return CPU time and resident memory so far, or None when it is gone."""
+        fields = _stat_fields(self.pid)
+        if fields is None or not self.alive():
+            return None
+        return ProcessUsage(
+            cpu_seconds=(int(fields[11]) + int(fields[12])) / _TICKS_PER_S,
+            memory_bytes=int(fields[21]) * _PAGE_BYTES,
+        )
+
+
+def find_by_argument(fragment: str) -> list[ProcessIdentity]:
+    """Return our own processes whose command line holds `fragment`, for sweeping after a crash."""
+    wanted = os.fsencode(fragment)
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if entry.stat().st_uid != os.getuid():
+                continue
+            if wanted in Path(entry.path, "cmdline").read_bytes():
+                identity = ProcessIdentity.of(int(entry.name))
+                if identity is not None:
+                    found.append(identity)
+    return found

@@ -1,0 +1,292 @@
+"""Artifacts on disk: images and kernels, whole or absent.
+
+Owns this tree, below the data directory:
+
+    <data>/images/<name>/manifest.json   written last; its presence is the artifact's presence
+    <data>/images/<name>/...             the files the manifest names, with their sizes
+    <data>/kernels/<name>/...            the same
+    <data>/staging/<kind>-<name>-<token>/        an artifact being made, or one on its way out
+    <data>/staging/<kind>-<name>-<token>.lock    flocked by its maker as long as it lives
+
+A maker works in its staging directory and renames it into place; a crash leaves a staging
+directory whose lock nobody holds, which `sweep_staging` removes. A reader never sees half
+an artifact. What the files mean is left to `images` and `kernels`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from banger.errors import Conflict, Corrupted, InvalidInput, NotFound, nearest
+from banger.host.files import (
+    allocated_bytes,
+    data_extents,
+    fsync_directory,
+    make_private_directory,
+    no_space_named,
+    remove_tree,
+    write_atomic,
+)
+from banger.host.locks import locked, try_lock
+
+Kind = Literal["image", "kernel"]
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_HASH_CHUNK_BYTES = 1024 * 1024
+
+
+class ImageManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What an installed image is. `digest` is sha256 of rootfs.ext4; `files` their sizes."""
+
+    name: str
+    digest: str
+    size_bytes: int
+    allocated_bytes: int
+    origin: str
+    description: str
+    created_at: str  # RFC 3339, UTC
+    files: dict[str, int]
+    default_user: str = "root"
+    default_env: dict[str, str] = {}
+    entrypoint: tuple[str, ...] = ()
+    packages: dict[str, str] = {}
+    extras: dict[str, str] = {}  # extra -> version, or "missing: why"
+
+
+class KernelManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What an installed kernel is. `digest` is sha256 of vmlinux; `files` their sizes."""
+
+    name: str
+    release: str
+    digest: str
+    size_bytes: int
+    allocated_bytes: int
+    origin: str
+    description: str
+    created_at: str  # RFC 3339, UTC
+    files: dict[str, int]
+    boot_modules: tuple[str, ...] = ()
+
+
+_Manifest = TypeVar("_Manifest", ImageManifest, KernelManifest)
+
+
+def artifact_directory(data_dir: Path, kind: Kind, name: str) -> Path:
+    """Return where an artifact lives; raise InvalidInput for a name that is not one."""
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{name!r} is not a name for {'an' if kind == 'image' else 'a'} {kind}",
+            hint="use up to 63 of a-z 0-9 . _ - and begin with a letter or a digit",
+        )
+    return data_dir / f"{kind}s" / name
+
+
+@contextlib.asynccontextmanager
+async def staging(data_dir: Path, kind: Kind, name: str) -> AsyncIterator[Path]:
+    """Make a private staging directory; remove it on the way out unless it was installed."""
+    artifact_directory(data_dir, kind, name)
+    base = make_private_directory(data_dir / "staging")
+    directory = base / f"{kind}-{name}-{secrets.token_hex(4)}"
+    lock_path = directory.with_name(directory.name + ".lock")
+    with locked(lock_path):
+        try:
+            directory.mkdir(mode=0o700)
+            yield directory
+        finally:
+            # Not to_thread: a cancelled task must not leave before its files are gone.
+            remove_tree(directory)
+            lock_path.unlink(missing_ok=True)
+
+
+def sweep_staging(data_dir: Path) -> list[str]:
+    """Remove what dead makers left in staging and return the names removed."""
+    base = data_dir / "staging"
+    swept = []
+    for entry in sorted(base.iterdir()) if base.is_dir() else []:
+        if entry.name.endswith(".lock"):
+            continue
+        lock_path = entry.with_name(entry.name + ".lock")
+        fd = try_lock(lock_path)
+        if fd is None:
+            continue
+        try:
+            remove_tree(entry)
+            lock_path.unlink(missing_ok=True)
+            swept.append(entry.name)
+        finally:
+            os.close(fd)
+    for entry in base.glob("*.lock") if base.is_dir() else []:
+        fd = try_lock(entry)
+        if fd is not None:
+            if not entry.with_suffix("").exists():
+                entry.unlink(missing_ok=True)
+            os.close(fd)
+    return swept
+
+
+def install(
+    staged: Path,
+    data_dir: Path,
+    kind: Kind,
+    manifest: ImageManifest | KernelManifest,
+    *,
+    force: bool,
+) -> None:
+    """Make a staged directory durable and rename it to its place.
+
+    Without `force` an artifact that is there already raises Conflict. With it the old one
+    is moved aside first; a machine that runs from the old files keeps them open.
+    """
+    target = artifact_directory(data_dir, kind, manifest.name)
+    write_atomic(
+        staged / MANIFEST,
+        json.dumps(msgspec.to_builtins(manifest), indent=2, sort_keys=True).encode() + b"\n",
+        mode=0o644,
+    )
+    with no_space_named(staged):
+        for root, _, names in os.walk(staged):
+            for name in names:
+                fd = os.open(os.path.join(root, name), os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            fsync_directory(Path(root))
+    make_private_directory(target.parent)
+    if os.path.lexists(target):
+        if not force:
+            raise Conflict(
+                f"{kind} {manifest.name} is installed already",
+                hint=f"`banger {kind} pull --force {manifest.name}` replaces it",
+            )
+        _move_aside(target, data_dir, kind, manifest.name)
+    os.rename(staged, target)
+    fsync_directory(target.parent)
+
+
+def delete(data_dir: Path, kind: Kind, name: str) -> None:
+    """Remove an artifact, a corrupted one too; raise NotFound when there is none."""
+    target = artifact_directory(data_dir, kind, name)
+    if not os.path.lexists(target):
+        raise _not_found(data_dir, kind, name)
+    _move_aside(target, data_dir, kind, name)
+    fsync_directory(target.parent)
+
+
+def _move_aside(target: Path, data_dir: Path, kind: Kind, name: str) -> None:
+    base = make_private_directory(data_dir / "staging")
+    aside = base / f"{kind}-{name}-{secrets.token_hex(4)}"
+    os.rename(target, aside)
+    remove_tree(aside)
+
+
+def names(data_dir: Path, kind: Kind) -> list[str]:
+    """Return the names of installed artifacts, sorted; corrupted ones are among them."""
+    base = data_dir / f"{kind}s"
+    return sorted(entry.name for entry in base.iterdir()) if base.is_dir() else []
+
+
+def read(data_dir: Path, kind: Kind, name: str, shape: type[_Manifest]) -> _Manifest:
+    """Return the manifest of an installed artifact after a look at its files.
+
+    Raises NotFound when it is not installed, Corrupted when the manifest does not read or
+    a file is missing or has another size.
+    """
+    target = artifact_directory(data_dir, kind, name)
+    try:
+        raw = (target / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        if not target.exists():
+            raise _not_found(data_dir, kind, name) from error
+        raise _corrupted(kind, name, "it has no manifest") from error
+    try:
+        manifest = msgspec.json.decode(raw, type=shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _corrupted(kind, name, f"its manifest does not read: {error}") from error
+    if manifest.name != name:
+        raise _corrupted(kind, name, f"its manifest names {manifest.name!r}")
+    for file, size_bytes in manifest.files.items():
+        try:
+            found = os.lstat(target / file).st_size
+        except OSError as error:
+            raise _corrupted(kind, name, f"its file {file} is missing") from error
+        if found != size_bytes:
+            raise _corrupted(kind, name, f"its file {file} has {found} of {size_bytes} bytes")
+    return manifest
+
+
+def measure(staged: Path) -> tuple[dict[str, int], int]:
+    """Return the size of every file below a staged artifact, and the bytes allocated to all."""
+    files = {
+        str(path.relative_to(staged)): path.lstat().st_size
+        for path in sorted(staged.rglob("*"))
+        if path.is_file()
+    }
+    return files, allocated_bytes(staged)
+
+
+def sha256_of(path: Path) -> str:
+    """Return `sha256:<hex>` of a file; holes are hashed without being read."""
+    digest = hashlib.sha256()
+    zeros = bytes(_HASH_CHUNK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        buffer = memoryview(bytearray(_HASH_CHUNK_BYTES))
+        position = 0
+        for start, end in [*data_extents(file.fileno(), size), (size, size)]:
+            while position < start:
+                count = min(start - position, _HASH_CHUNK_BYTES)
+                digest.update(zeros if count == _HASH_CHUNK_BYTES else zeros[:count])
+                position += count
+            file.seek(start)
+            while position < end:
+                count = file.readinto(buffer[: min(end - position, _HASH_CHUNK_BYTES)])
+                if not count:
+                    raise Corrupted(f"{path} became shorter while it was read")
+                digest.update(buffer[:count])
+                position += count
+    return f"sha256:{digest.hexdigest()}"
+
+
+async def digest_file(path: Path) -> str:
+    """Return `sha256_of` a file, computed beside the event loop."""
+    return await asyncio.to_thread(sha256_of, path)
+
+
+def now_rfc3339() -> str:
+    """Return the present time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _not_found(data_dir: Path, kind: Kind, name: str) -> NotFound:
+    close = nearest(name, names(data_dir, kind))
+    return NotFound(
+        f"{kind} {name!r} is not installed",
+        hint=f"did you mean {close}?" if close else f"`banger {kind} pull {name}`",
+    )
+
+
+def _corrupted(kind: Kind, name: str, why: str) -> Corrupted:
+    return Corrupted(
+        f"{kind} {name} is corrupted: {why}",
+        hint=f"`banger {kind} pull --force {name}` makes it anew, "
+        f"`banger {kind} delete {name}` removes it",
+    )
+
+
+def manifest_as_json(manifest: ImageManifest | KernelManifest) -> dict[str, Any]:
+    """Return a manifest as plain JSON values."""
+    built: dict[str, Any] = msgspec.to_builtins(manifest)
+    return built

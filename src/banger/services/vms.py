@@ -1,0 +1,651 @@
+"""The life of a VM: create, start, stop, kill, delete, and what is known of it.
+
+Owns the order of steps (intent in the database, then the resource, then the commit) and the
+watch over running VMMs. Leaves processes to `vmm`, rows to `store`, boot files to `guest`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from banger.api.models import Pruned, Vm, VmConnection, VmCreate, VmSet, VmStats
+from banger.errors import (
+    BangerError,
+    Cancelled,
+    Conflict,
+    Corrupted,
+    InvalidInput,
+    NotFound,
+    TimedOut,
+    Unavailable,
+    VmmFailed,
+    nearest,
+)
+from banger.events import EventSink, NullSink
+from banger.guest import agent
+from banger.guest.transport import endpoint_to_wire
+from banger.host import files
+from banger.host.process import ProcessIdentity, boot_id
+from banger.services.artifacts import ArtifactService
+from banger.services.boot import BootFiles
+from banger.services.identity import IdentityService
+from banger.services.vm_states import check_transition
+from banger.store.layout import Layout, VmFiles
+from banger.store.vms import VmRepository, VmRow
+from banger.types import (
+    HostLimits,
+    check_disk_size,
+    check_memory,
+    check_vcpu,
+    check_vm_name,
+    generate_name,
+)
+from banger.vmm.base import Vmm
+from banger.vmm.probe import KvmProbe
+from banger.vmm.select import VmmChoice, choose_vmm
+
+log = logging.getLogger(__name__)
+
+# A full Debian answers in 3-6 s under TCG on an idle host and 1 s under KVM; tests run several
+# at once on two cores. A boot past its limit is tried once more (DESIGN.md, known trap 1).
+BOOT_TIMEOUT_S = {"kvm": 45.0, "tcg": 180.0}
+STOP_TIMEOUT_S = {"kvm": 30.0, "tcg": 90.0}
+_BOOT_TRIES = 2
+NETWORK_MODES = ("user", "none")
+_LOG_CHECK_INTERVAL_S = 5.0
+_LOG_LIMIT_BYTES = 4 << 20
+_LOG_KEPT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VmDefaults:
+    """What a new VM gets where nothing is asked for."""
+
+    image: str
+    kernel: str
+    vcpu: int
+    memory_bytes: int
+    disk_size_bytes: int
+    vmm: str
+    network: str
+
+
+class VmService:
+    """Use cases on VMs. Every public method takes a VM by name or id."""
+
+    def __init__(
+        self,
+        *,
+        rows: VmRepository,
+        layout: Layout,
+        vmms: Mapping[str, Vmm],
+        kvm: KvmProbe,
+        images: ArtifactService,
+        kernels: ArtifactService,
+        boot: BootFiles,
+        identity: IdentityService,
+        defaults: VmDefaults,
+        limits: HostLimits,
+    ) -> None:
+        self._rows = rows
+        self._layout = layout
+        self._vmms = vmms
+        self._kvm = kvm
+        self._images = images
+        self._kernels = kernels
+        self._boot = boot
+        self._identity = identity
+        self.defaults = defaults
+        self._limits = limits
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._watches: dict[str, asyncio.Task[None]] = {}
+
+    # --- reading ---
+
+    async def all(self) -> list[Vm]:
+        """Return every VM, oldest first."""
+        return [self._wire(row) for row in await self._rows.all()]
+
+    async def get(self, name: str) -> Vm:
+        """Return one VM."""
+        return self._wire(await self._rows.find(name))
+
+    async def connection(self, name: str) -> VmConnection:
+        """Return how to reach a running VM's agent; raise Conflict when it does not run."""
+        row = await self._rows.find(name)
+        if row.state not in ("running", "stopping") or row.running_vmm is None:
+            raise Conflict(
+                f"{row.name} is {row.state}" + (f" ({row.state_reason})" * bool(row.state_reason)),
+                hint=f"start it with `banger vm start {row.name}`",
+                code="not_running",
+            )
+        endpoint = self._vmms[row.running_vmm].endpoint(self._layout.vm(row.id).runtime)
+        wire = endpoint_to_wire(endpoint)
+        return {"vm": self._wire(row), "endpoint": wire}
+
+    async def stats(self, name: str) -> VmStats:
+        """Return what a VM costs the host now."""
+        row = await self._rows.find(name)
+        usage = row.process.usage() if row.process else None
+        started = datetime.fromisoformat(row.started_at) if row.started_at else None
+        return {
+            "name": row.name,
+            "state": row.state,  # type: ignore[typeddict-item]  # the table checks it
+            "cpu_seconds": usage.cpu_seconds if usage else 0.0,
+            "memory_bytes": usage.memory_bytes if usage else 0,
+            "disk_used_bytes": _allocated(self._layout.vm(row.id)),
+            "uptime_s": (datetime.now(UTC) - started).total_seconds() if started else 0.0,
+        }
+
+    async def used_by(self, column: str, artifact: str) -> list[str]:
+        """Return the names of VMs whose `image` or `kernel` is this artifact."""
+        return [row.name for row in await self._rows.all() if getattr(row, column) == artifact]
+
+    @property
+    def choice(self) -> VmmChoice:
+        """What a VM of the default VMM runs with on this host."""
+        return choose_vmm(self.defaults.vmm, self._kvm)
+
+    # --- making and unmaking ---
+
+    async def create(self, request: VmCreate, sink: EventSink) -> Vm:
+        """Make a VM, pulling what is absent, and start it when asked; see `api.models.VmCreate`."""
+        taken = {row.name for row in await self._rows.all()}
+        name = request.get("name") or generate_name(taken)
+        check_vm_name(name)
+        if name in taken:
+            await self._refuse_taken(name)
+        row = VmRow(
+            id=secrets.token_hex(6),
+            name=name,
+            state="creating",
+            image=request.get("image", self.defaults.image),
+            kernel=request.get("kernel", self.defaults.kernel),
+            vcpu=check_vcpu(request.get("vcpu", self.defaults.vcpu), self._limits),
+            memory_bytes=check_memory(
+                request.get("memory_bytes", self.defaults.memory_bytes), self._limits
+            ),
+            disk_size_bytes=check_disk_size(
+                request.get("disk_size_bytes", self.defaults.disk_size_bytes)
+            ),
+            vmm=request.get("vmm", self.defaults.vmm),
+            network=check_network(request.get("network", self.defaults.network)),
+            machine_id=secrets.token_hex(16),
+            mac=_random_mac(),
+            created_at=_now(),
+            owner_pid=request.get("owner_pid"),
+            owner_start=_owner_start(request.get("owner_pid")),
+        )
+        choose_vmm(row.vmm, self._kvm)
+        # Both at once: the kernel is small and waits for nobody.
+        await asyncio.gather(
+            self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink)
+        )
+        sink.stage(f"create {name}")
+        async with self._locks[row.id]:
+            row = await self._make(row)
+        self._watch_owner(row)
+        if not request.get("start", False):
+            return self._wire(row)
+        try:
+            return await self.start(row.id, sink)
+        except BaseException:
+            # A `vm run` that did not come up leaves nothing behind: its VM never ran.
+            await self.delete(row.id)
+            raise
+
+    async def _make(self, row: VmRow) -> VmRow:
+        """Make a VM's files under a row that says so; on failure neither is left."""
+        vm_files = self._layout.vm(row.id)
+        await self._rows.insert(row)
+        try:
+            with files.no_space_named(self._layout.vms):
+                files.make_private_directory(vm_files.directory)
+                await asyncio.gather(
+                    self._boot.make_disk(vm_files.disk, row.disk_size_bytes),
+                    self._identity.make_host_key(vm_files.host_key),
+                )
+            row = await self._rows.update(replace(row, state="stopped"))
+        except BaseException:
+            await self._unmake(row)
+            raise
+        self._identity.write_known_hosts(await self._rows.all())
+        return row
+
+    async def _unmake(self, row: VmRow) -> None:
+        vm_files = self._layout.vm(row.id)
+        await asyncio.to_thread(files.remove_tree, vm_files.runtime)
+        await asyncio.to_thread(files.remove_tree, vm_files.directory)
+        await self._rows.delete(row.id)
+        self._identity.write_known_hosts(await self._rows.all())
+
+    async def delete(self, name: str) -> None:
+        """Delete a VM and everything of it, killing it when it runs."""
+        row = await self._rows.find(name)
+        await self._interrupt(row)
+        async with self._locked(row.id) as row:
+            check_transition(row.name, row.state, "deleting")
+            row = await self._rows.update(replace(row, state="deleting"))
+            await self.finish_delete(row)
+        self._locks.pop(row.id, None)
+
+    async def finish_delete(self, row: VmRow) -> None:
+        """Carry out a deletion that is on record."""
+        if row.process is not None and row.running_vmm is not None:
+            await self._vmms[row.running_vmm].kill(row.process)
+        await self._unmake(row)
+
+    async def set(self, name: str, request: VmSet) -> Vm:
+        """Change a VM: its name at any time, its sizes and network while it is stopped."""
+        row = await self._rows.find(name)
+        async with self._locked(row.id) as row:
+            changed = row
+            if "name" in request:
+                changed = replace(changed, name=check_vm_name(request["name"]))
+            if "vcpu" in request:
+                changed = replace(changed, vcpu=check_vcpu(request["vcpu"], self._limits))
+            if "memory_bytes" in request:
+                memory = check_memory(request["memory_bytes"], self._limits)
+                changed = replace(changed, memory_bytes=memory)
+            if "network" in request:
+                changed = replace(changed, network=check_network(request["network"]))
+            if "disk_size_bytes" in request:
+                size = check_disk_size(request["disk_size_bytes"])
+                changed = replace(changed, disk_size_bytes=size)
+            if replace(changed, name=row.name) != row and row.state != "stopped":
+                raise Conflict(
+                    f"{row.name} is {row.state}: only its name can change now",
+                    hint=f"stop it first: `banger vm stop {row.name}`",
+                )
+            if changed.disk_size_bytes < row.disk_size_bytes:
+                raise Conflict(
+                    f"the disk of {row.name} cannot shrink", hint="make a new VM with --disk-size"
+                )
+            if changed.disk_size_bytes > row.disk_size_bytes:
+                await self._boot.grow_disk(self._layout.vm(row.id).disk, changed.disk_size_bytes)
+            row = await self._rows.update(changed)
+            self._identity.write_known_hosts(await self._rows.all())
+        return self._wire(row)
+
+    async def prune(self, *, everything: bool, dry_run: bool, sink: EventSink) -> Pruned:
+        """Delete stopped VMs, or all of them; report their names and the bytes freed."""
+        doomed = [r for r in await self._rows.all() if everything or r.state == "stopped"]
+        freed = sum(_allocated(self._layout.vm(row.id)) for row in doomed)
+        for row in doomed if not dry_run else []:
+            sink.stage(f"delete {row.name}")
+            with contextlib.suppress(NotFound):
+                await self.delete(row.id)
+        return {"vms": [row.name for row in doomed], "freed_bytes": freed}
+
+    # --- running ---
+
+    async def start(self, name: str, sink: EventSink) -> Vm:
+        """Boot a VM and return once its agent answers; running already is fine."""
+        row = await self._rows.find(name)
+        async with self._locked(row.id) as row:
+            if row.state == "running":
+                return self._wire(row)
+            check_transition(row.name, row.state, "starting")
+            vm_files = self._layout.vm(row.id)
+            if not vm_files.disk.exists():
+                raise Corrupted(
+                    f"the disk of {row.name} is gone: {vm_files.disk}",
+                    hint=f"put it back, or `banger vm delete {row.name}`",
+                )
+            choice = choose_vmm(row.vmm, self._kvm)
+            await asyncio.gather(
+                self._images.check(row.image), self._kernels.check(row.kernel)
+            )
+            authorized_key = await self._identity.authorized_key()
+            for attempt in range(1, _BOOT_TRIES + 1):
+                row = await self._rows.update(
+                    replace(
+                        row.without_process("starting", ""),
+                        running_vmm=choice.vmm,
+                        accel=choice.accel,
+                        accel_reason=choice.reason,
+                    )
+                )
+                sink.stage(f"boot {row.name} ({choice.accel})")
+                try:
+                    row = await self._boot_once(row, choice, authorized_key)
+                    break
+                except TimedOut:
+                    if attempt == _BOOT_TRIES:
+                        raise
+                    sink.warning(f"{row.name} did not come up in time; trying once more")
+        self._watch(row)
+        return self._wire(row)
+
+    async def _boot_once(self, row: VmRow, choice: VmmChoice, authorized_key: str) -> VmRow:
+        vm_files = self._layout.vm(row.id)
+        vmm = self._vmms[choice.vmm]
+        process: ProcessIdentity | None = None
+        try:
+            with files.no_space_named(self._layout.vms):
+                files.make_private_directory(vm_files.runtime)
+                vm_files.console_log.write_bytes(b"")
+                vm_files.vmm_log.write_bytes(b"")
+                spec = await self._boot.prepare(row, vm_files, choice, authorized_key)
+            process = await vmm.start(spec)
+            row = await self._rows.update(
+                replace(
+                    row,
+                    boot_id=process.boot_id,
+                    pid=process.pid,
+                    pid_start=process.start_ticks,
+                    started_at=_now(),
+                )
+            )
+            return await self.await_agent(row)
+        except BaseException as error:
+            if process is not None:
+                await vmm.kill(process)
+            await self._release(row, _reason(error))
+            raise
+
+    async def await_agent(self, row: VmRow) -> VmRow:
+        """Wait for a starting VM's agent and commit it as running.
+
+        Raises TimedOut past the boot limit and VmmFailed when the VMM ends before; the caller
+        ends the VMM.
+        """
+        process, vmm_name = row.process, row.running_vmm
+        if process is None or vmm_name is None:
+            raise RuntimeError(f"{row.name} has no process to wait for")
+        vm_files = self._layout.vm(row.id)
+        gave_up = threading.Event()
+
+        def stop_waiting() -> bool:
+            return gave_up.is_set() or not process.alive()
+
+        waiting = asyncio.create_task(
+            asyncio.to_thread(
+                agent.wait_ready,
+                self._vmms[vmm_name].endpoint(vm_files.runtime),
+                timeout_s=BOOT_TIMEOUT_S[row.accel or "tcg"],
+                cancelled=stop_waiting,
+            )
+        )
+        try:
+            await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            gave_up.set()
+            await asyncio.wait([waiting])
+            raise
+        except (Cancelled, Unavailable) as error:
+            raise VmmFailed(
+                f"{row.name} ended while booting: {_last_words(vm_files)}",
+                hint=f"its console: {vm_files.console_log}",
+            ) from error
+        except TimedOut as error:
+            raise TimedOut(
+                f"{row.name} did not answer within {BOOT_TIMEOUT_S[row.accel or 'tcg']:.0f} s of "
+                f"boot: {_last_words(vm_files)}",
+                hint="see `banger doctor`; is the host very busy?",
+            ) from error
+        vm_files.initramfs.unlink(missing_ok=True)
+        return await self._rows.update(replace(row, state="running", state_reason=""))
+
+    async def stop(self, name: str, sink: EventSink, timeout_s: float | None = None) -> Vm:
+        """Shut a VM down through its own init, killing it past the deadline; stopped is fine."""
+        row = await self._rows.find(name)
+        async with self._locked(row.id) as row:
+            if row.state == "stopped":
+                return self._wire(row)
+            check_transition(row.name, row.state, "stopping")
+            row = await self._rows.update(replace(row, state="stopping"))
+            limit = STOP_TIMEOUT_S[row.accel or "tcg"] if timeout_s is None else timeout_s
+            sink.stage(f"stop {row.name}")
+            row = await self.finish_stop(row, limit, sink)
+        return self._wire(row)
+
+    async def finish_stop(self, row: VmRow, timeout_s: float, sink: EventSink) -> VmRow:
+        """Carry out a stop that is on record."""
+        process, vmm_name = row.process, row.running_vmm
+        reason = "stopped on request"
+        if process is not None and vmm_name is not None:
+            vmm = self._vmms[vmm_name]
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.to_thread(
+                        agent.shutdown,
+                        vmm.endpoint(self._layout.vm(row.id).runtime),
+                        timeout_s=min(timeout_s, 15.0),
+                    )
+                    await process.wait()
+            except (TimeoutError, BangerError) as error:
+                if process.alive():
+                    reason = f"killed: it did not stop within {timeout_s:g} s"
+                    sink.warning(f"{row.name} was {reason}")
+                    log.warning("stop %s: %s", row.name, error, extra={"vm": row.id})
+            await vmm.kill(process)
+        return await self._release(row, reason)
+
+    async def restart(self, name: str, sink: EventSink, timeout_s: float | None = None) -> Vm:
+        """Stop and start a VM."""
+        vm = await self.stop(name, sink, timeout_s)
+        return await self.start(vm["id"], sink)
+
+    async def kill(self, name: str) -> Vm:
+        """End a VM's VMM at once; stopped is fine."""
+        row = await self._rows.find(name)
+        await self._interrupt(row)
+        async with self._locked(row.id) as row:
+            if row.state == "stopped":
+                return self._wire(row)
+            if row.process is not None and row.running_vmm is not None:
+                await self._vmms[row.running_vmm].kill(row.process)
+            row = await self._release(row, "killed on request")
+        return self._wire(row)
+
+    async def _interrupt(self, row: VmRow) -> None:
+        """End the VMM outside the lock, so that a start or stop in flight lets go of it."""
+        if row.process is not None and row.state in ("starting", "stopping"):
+            row.process.kill()
+
+    async def _release(self, row: VmRow, reason: str) -> VmRow:
+        """Commit that a VM has no VMM any more and remove its sockets."""
+        vm_files = self._layout.vm(row.id)
+        await asyncio.to_thread(files.remove_tree, vm_files.runtime)
+        vm_files.initramfs.unlink(missing_ok=True)
+        row = await self._rows.update(row.without_process("stopped", reason))
+        log.info("%s stopped: %s", row.name, reason, extra={"vm": row.id})
+        return row
+
+    # --- watching ---
+
+    def _watch(self, row: VmRow) -> None:
+        """Follow a running VM until its VMM ends."""
+        if row.id not in self._watches and row.process is not None:
+            task = asyncio.create_task(self._follow(row.id, row.process))
+            self._watches[row.id] = task
+            task.add_done_callback(lambda _: self._watches.pop(row.id, None))
+
+    async def _follow(self, vm_id: str, process: ProcessIdentity) -> None:
+        vm_files = self._layout.vm(vm_id)
+        ended = asyncio.create_task(process.wait())
+        try:
+            while not ended.done():
+                await asyncio.wait([ended], timeout=_LOG_CHECK_INTERVAL_S)
+                for path in (vm_files.console_log, vm_files.vmm_log):
+                    await asyncio.to_thread(files.trim_log, path, _LOG_LIMIT_BYTES, _LOG_KEPT_BYTES)
+        finally:
+            ended.cancel()
+        with contextlib.suppress(NotFound):
+            async with self._locked(vm_id) as row:
+                if row.state == "running" and row.process == process:
+                    if row.running_vmm is not None:
+                        await self._vmms[row.running_vmm].kill(process)  # reaps it
+                    await self._release(row, f"ended by itself: {_last_words(vm_files)}")
+
+    def _watch_owner(self, row: VmRow) -> None:
+        """Delete an ephemeral VM when the command line that made it is gone."""
+        if row.owner_pid is None or row.owner_start is None:
+            return
+        owner = ProcessIdentity(boot_id(), row.owner_pid, row.owner_start)
+
+        async def follow() -> None:
+            await owner.wait()
+            with contextlib.suppress(NotFound):
+                await self.delete(row.id)
+                log.info("%s deleted: its owner is gone", row.name, extra={"vm": row.id})
+
+        task = asyncio.create_task(follow())
+        self._watches[f"{row.id} owner"] = task
+        task.add_done_callback(lambda _: self._watches.pop(f"{row.id} owner", None))
+
+    async def close(self) -> None:
+        """Stop watching; VMs go on."""
+        tasks = list(self._watches.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- after a restart of the daemon ---
+
+    async def readopt(self, row: VmRow) -> None:
+        """Take a VM on record as running, starting or stopping up again, or roll it back."""
+        process, vmm_name = row.process, row.running_vmm
+        runtime = self._layout.vm(row.id).runtime
+        alive = (
+            process is not None
+            and vmm_name is not None
+            and await self._vmms[vmm_name].adopt(runtime, process)
+        )
+        if not alive or process is None or vmm_name is None:
+            if process is not None:
+                process.kill()
+            await self._release(row, "ended while banger's daemon was away")
+        elif row.state == "running":
+            log.info("%s adopted", row.name, extra={"vm": row.id})
+            self._watch(row)
+        else:
+            # A start or stop that was under way: carry it through behind the first requests.
+            task = asyncio.create_task(self._resume_step(row, process, vmm_name))
+            self._watches[f"{row.id} step"] = task
+            task.add_done_callback(lambda _: self._watches.pop(f"{row.id} step", None))
+        self._watch_owner(row)
+
+    async def readopt_stopped(self, row: VmRow) -> None:
+        """Take up a VM on record as stopped: an ephemeral one still has an owner to watch."""
+        self._watch_owner(row)
+
+    async def _resume_step(self, row: VmRow, process: ProcessIdentity, vmm_name: str) -> None:
+        async with self._locks[row.id]:
+            if row.state == "stopping":
+                await self.finish_stop(row, STOP_TIMEOUT_S[row.accel or "tcg"], NullSink())
+                return
+            try:
+                row = await self.await_agent(row)
+            except BangerError as error:
+                await self._vmms[vmm_name].kill(process)
+                await self._release(row, _reason(error))
+                return
+        self._watch(row)
+
+    @asynccontextmanager
+    async def _locked(self, vm_id: str) -> AsyncIterator[VmRow]:
+        """Hold a VM's lock and its row as it is under that lock."""
+        async with self._locks[vm_id]:
+            yield await self._rows.find(vm_id)
+
+    async def _refuse_taken(self, name: str) -> None:
+        raise Conflict(
+            f"a VM named {name} exists already",
+            hint=f"enter it with `banger vm ssh {name}`, delete it with `banger vm delete {name}`, "
+            "or choose another --name",
+        )
+
+    def _wire(self, row: VmRow) -> Vm:
+        vm_files = self._layout.vm(row.id)
+        choice = choose_vmm(row.vmm, self._kvm)
+        return {
+            "id": row.id,
+            "name": row.name,
+            "state": row.state,  # type: ignore[typeddict-item]  # the table checks it
+            "state_reason": row.state_reason,
+            "vmm": row.running_vmm or choice.vmm,
+            "accel": row.accel or choice.accel,  # type: ignore[typeddict-item]
+            "accel_reason": row.accel_reason or choice.reason,
+            "image": row.image,
+            "kernel": row.kernel,
+            "vcpu": row.vcpu,
+            "memory_bytes": row.memory_bytes,
+            "disk_size_bytes": row.disk_size_bytes,
+            "disk_used_bytes": _allocated(vm_files),
+            "network": row.network,
+            "ephemeral": row.owner_pid is not None,
+            "pid": row.pid,
+            "created_at": row.created_at,
+            "started_at": row.started_at,
+            "directory": str(vm_files.directory),
+            "console_log": str(vm_files.console_log),
+            "vmm_log": str(vm_files.vmm_log),
+        }
+
+
+def check_network(network: str) -> str:
+    """Return a known network mode; raise InvalidInput."""
+    if network not in NETWORK_MODES:
+        close = nearest(network, list(NETWORK_MODES))
+        raise InvalidInput(
+            f"no network mode is named {network!r}",
+            hint=f"did you mean {close}?" if close else f"choose one of {', '.join(NETWORK_MODES)}",
+        )
+    return network
+
+
+def _random_mac() -> str:
+    # 02: locally administered, unicast.
+    return ":".join(f"{byte:02x}" for byte in (2, *secrets.token_bytes(5)))
+
+
+def _owner_start(pid: int | None) -> int | None:
+    """Return the start time of an ephemeral VM's owner; raise InvalidInput when it is gone."""
+    if pid is None:
+        return None
+    owner = ProcessIdentity.of(pid)
+    if owner is None:
+        raise InvalidInput(f"the owner process {pid} is gone")
+    return owner.start_ticks
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BangerError):
+        return error.message
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
+
+
+def _last_words(vm_files: VmFiles) -> str:
+    """Return what explains an end best: the VMM's own words, else the console's."""
+    path = vm_files.vmm_log if _size(vm_files.vmm_log) else vm_files.console_log
+    return files.last_lines(path)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _allocated(vm_files: VmFiles) -> int:
+    try:
+        return files.allocated_bytes(vm_files.disk)
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,695 @@
+"""A git repository on the host as one tar stream for a guest.
+
+Owns what is copied (tracked files, untracked ones that are not ignored, and a `.git` that
+works inside) and how a tar is written, byte for byte. Leaves the transport to
+`guest.agent`. The host's repository is only read: no index refresh, no hook, no filter,
+no fsmonitor and no lazy fetch runs for it, and no symbolic link is followed.
+
+What the copy of `.git` is not: linked worktrees, submodules' git directories and
+alternates are folded into one plain `.git` directory per repository, so nothing in it
+points outside. Secrets stay here: user names and passwords inside http(s) URLs, passwords
+in others, `http.*.extraHeader`, cookie files, `credential.*` and signing settings are left
+out of its config; `user.name`, `user.email` and line-ending settings in force are put in,
+so that commits work and `git status` says what it says on the host.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Self
+
+from banger.errors import Conflict, InvalidInput, Unavailable
+
+GUEST_HOME = "/root"
+
+_CHUNK_BYTES = 256 * 1024
+_MAX_NESTING = 16  # repositories inside repositories
+_MAX_ALTERNATES = 16  # git itself follows five levels
+_PACK_LISTINGS = 3  # a repack may replace packs while they are copied
+_GIT_TIMEOUT_S = 300.0
+
+Warn = Callable[[str], None]
+
+
+class Workspace(NamedTuple):
+    """A repository to copy: its top directory, and the name its copy gets."""
+
+    top: str
+    name: str
+
+    @property
+    def guest_directory(self) -> str:
+        """Where the copy is inside the guest."""
+        return f"{GUEST_HOME}/{self.name}"
+
+
+# -- git, on a repository that may be hostile
+
+_SAFE_OPTIONS = (
+    "-c", "core.fsmonitor=false",
+    "-c", "core.hooksPath=/dev/null",
+    "-c", "core.pager=cat",
+    "-c", "core.sshCommand=false",
+    "-c", "core.untrackedCache=keep",
+    "-c", "protocol.allow=never",
+)  # fmt: skip
+# What says which configuration is whose stays; what redirects git to another repository
+# (a git hook that runs banger has GIT_DIR and GIT_INDEX_FILE set) goes.
+_KEPT_VARIABLES = ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")
+
+
+def _environment() -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or name in _KEPT_VARIABLES
+    }
+    return {
+        **kept,
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_ALLOW_PROTOCOL": "none",
+        "LC_ALL": "C",
+    }
+
+
+def _git(directory: bytes | str, *arguments: str | bytes, check: bool = True) -> bytes:
+    """Run git for reading and return its stdout; empty when it fails and `check` is false."""
+    try:
+        done = subprocess.run(
+            ["git", *_SAFE_OPTIONS, *arguments],
+            cwd=directory,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise Unavailable("git is not installed", hint="apt install git") from error
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"git did not finish in {_GIT_TIMEOUT_S:.0f} s") from error
+    if done.returncode != 0:
+        if not check:
+            return b""
+        raise _git_failure(os.fsdecode(directory), done.stderr.decode(errors="replace"))
+    return done.stdout
+
+
+def _git_failure(directory: str, stderr: str) -> Exception:
+    lines = stderr.strip().splitlines() or ["it said nothing"]
+    if "dubious ownership" in stderr:
+        return InvalidInput(
+            f"git does not trust {directory}: it belongs to another user",
+            hint=f"git config --global --add safe.directory {directory}",
+        )
+    if "not a git repository" in stderr:
+        return InvalidInput(
+            f"{directory} is not in a git repository",
+            hint=f"make it one: git -C {directory} init",
+        )
+    return Unavailable(f"git cannot read {directory}: {lines[-1].removeprefix('fatal: ')}")
+
+
+def open_workspace(path: str) -> Workspace:
+    """Return the repository `path` is in; a subdirectory stands for the whole.
+
+    Raises InvalidInput when it is no directory, in no repository, or the repository has
+    no files checked out (a bare one, or its `.git`).
+    """
+    if not os.path.isdir(path):
+        problem = "is not a directory" if os.path.lexists(path) else "does not exist"
+        raise InvalidInput(f"{path} {problem}", hint="give the path of a git repository")
+    answers = _git(path, "rev-parse", "--is-bare-repository", "--is-inside-work-tree").split()
+    if answers != [b"false", b"true"]:
+        raise InvalidInput(
+            f"{path} is a bare repository, or inside one's .git: there are no files to copy",
+            hint="give the path of a checkout: git clone REPOSITORY DIRECTORY",
+        )
+    top = _git(path, "rev-parse", "--show-toplevel").removesuffix(b"\n")
+    return Workspace(os.fsdecode(top), guest_name(top))
+
+
+def guest_name(top: bytes) -> str:
+    """Return the directory name of a copy: the repository's own, without odd characters.
+
+    It never begins with a dot or a dash: `/root/.ssh` must not be a repository's to fill.
+    """
+    text = os.path.basename(top).decode(errors="replace")
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in text)
+    return plain.strip("-").lstrip(".-")[:100] or "repo"
+
+
+def check_branch(workspace: Workspace, name: str, ref: str | None) -> None:
+    """Check `--branch` and `--from` against the repository; raise InvalidInput or Conflict."""
+    if name.startswith("-") or not _git(
+        workspace.top, "check-ref-format", "--branch", name, check=False
+    ):
+        raise InvalidInput(f"{name!r} is no branch name", hint="for example --branch fix-login")
+    if _git(workspace.top, "rev-parse", "-q", "--verify", f"refs/heads/{name}", check=False):
+        raise Conflict(f"the branch {name} exists already", hint="choose another name")
+    wanted = "HEAD" if ref is None else ref
+    if wanted.startswith("-") or not _git(
+        workspace.top, "rev-parse", "-q", "--verify", f"{wanted}^{{commit}}", check=False
+    ):
+        raise InvalidInput(f"the repository has no commit {wanted}", hint="see `git log --oneline`")
+
+
+def branch_argv(workspace: Workspace, name: str, ref: str | None) -> list[bytes]:
+    """Return the command that begins a branch inside the guest."""
+    words = ["git", "-C", workspace.guest_directory, "checkout", "-q", "-b", name]
+    words += [] if ref is None else [ref]
+    return [os.fsencode(word) for word in [*words, "--"]]
+
+
+# -- tar, byte exact
+
+
+_BLOCK = 512
+_END = bytes(2 * _BLOCK)
+_OWNER = b"root".ljust(32, b"\0") * 2
+_TAIL = b"ustar  \0" + _OWNER + bytes(16 + 155 + 12)
+_IDS = b"0000000\0" * 2
+_MAX_OCTAL = 8**11
+
+
+def tar_header(
+    name: bytes, kind: bytes, *, mode: int, size: int = 0, mtime: int = 0, link: bytes = b""
+) -> bytes:
+    """Return the header of one entry in GNU format, owned by root.
+
+    Names are raw bytes: what is longer than a field goes into GNU `L` and `K` records,
+    which every tar reads (pax would want UTF-8).
+    """
+    long = b""
+    if len(name) > 100:
+        long = _long_record(b"L", name)
+    if len(link) > 100:
+        long += _long_record(b"K", link)
+    size_field = b"%011o\0" % size if size < _MAX_OCTAL else b"\x80" + size.to_bytes(11, "big")
+    head = b"%b%07o\0%b%b%011o\0" % (
+        name[:100].ljust(100, b"\0"),
+        mode & 0o7777,
+        _IDS,
+        size_field,
+        min(max(mtime, 0), _MAX_OCTAL - 1),
+    )
+    tail = kind + link[:100].ljust(100, b"\0") + _TAIL
+    # The checksum counts its own field as eight spaces.
+    return b"%b%b%06o\0 %b" % (long, head, sum(head) + sum(tail) + 256, tail)
+
+
+def _long_record(kind: bytes, text: bytes) -> bytes:
+    data = text + b"\0"
+    header = tar_header(b"././@LongLink", kind, mode=0o644, size=len(data))
+    return header + data + bytes(-len(data) % _BLOCK)
+
+
+def tar_file(fd: int, name: bytes, found: os.stat_result, warn: Warn) -> Iterator[bytes]:
+    """Yield the entry of an open regular file.
+
+    The header's size is a promise: a file that shrinks meanwhile is filled with zeros, one
+    that grows is cut, each with a warning.
+    """
+    size = found.st_size
+    yield tar_header(name, b"0", mode=found.st_mode, size=size, mtime=int(found.st_mtime))
+    left = size
+    grown = False
+    while left >= 0:
+        # One byte more than is left tells a file that grew, without another system call.
+        data = os.read(fd, min(left + 1, _CHUNK_BYTES))
+        if len(data) > left:
+            data, grown = data[:left], True
+        if not data:
+            break
+        yield data
+        left -= len(data)
+        if grown or (left == 0 and len(data) < _CHUNK_BYTES and size < _CHUNK_BYTES):
+            break
+    if left > 0:
+        warn(f"{os.fsdecode(name)} shrank while it was copied: its end is zeros")
+        while left > 0:
+            step = min(left, _CHUNK_BYTES)
+            yield bytes(step)
+            left -= step
+    elif grown:
+        warn(f"{os.fsdecode(name)} grew while it was copied: its end is missing")
+    if size % _BLOCK:
+        yield bytes(-size % _BLOCK)
+
+
+def tar_entry(directory_fd: int, leaf: bytes, name: bytes, warn: Warn) -> Iterator[bytes]:
+    """Yield the entry of a file or symbolic link; nothing when it vanished or is neither."""
+    try:
+        found = os.stat(leaf, dir_fd=directory_fd, follow_symlinks=False)
+        if stat.S_ISLNK(found.st_mode):
+            target = os.readlink(leaf, dir_fd=directory_fd)
+            yield tar_header(name, b"2", mode=0o777, mtime=int(found.st_mtime), link=target)
+            return
+        if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISDIR(found.st_mode):
+                warn(f"{os.fsdecode(name)} is a socket, a pipe or a device: not copied")
+            return
+        # O_NONBLOCK: were it a pipe by now, opening must not hang.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(leaf, flags, dir_fd=directory_fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+            warn(f"{os.fsdecode(name)} cannot be read ({error.strerror}): not copied")
+        return
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode):
+            yield from tar_file(fd, name, found, warn)
+    finally:
+        os.close(fd)
+
+
+def tar_directory(name: bytes, found: os.stat_result) -> bytes:
+    """Return the entry of a directory."""
+    mode = stat.S_IMODE(found.st_mode) & 0o777
+    return tar_header(name + b"/", b"5", mode=mode, mtime=int(found.st_mtime))
+
+
+def batched(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Join small pieces into chunks worth a system call."""
+    kept: list[bytes] = []
+    count = 0
+    for piece in pieces:
+        kept.append(piece)
+        count += len(piece)
+        if count >= _CHUNK_BYTES:
+            yield b"".join(kept)
+            kept.clear()
+            count = 0
+    if kept:
+        yield b"".join(kept)
+
+
+class DirectoryStack:
+    """The open directories on the way to the current file, each opened without following.
+
+    Paths come sorted, so every directory is opened once.
+    """
+
+    _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+    def __init__(self, root: bytes) -> None:
+        self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._names: list[bytes] = []
+        self._fds: list[int] = []
+        self._current = b""
+        self._entered: list[tuple[bytes, os.stat_result]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._cut(0)
+        os.close(self.root_fd)
+
+    def enter(self, directory: bytes) -> tuple[int, list[tuple[bytes, os.stat_result]]] | None:
+        """Return the fd of a directory and those newly entered on the way to it.
+
+        None when a component is gone or is no directory any more.
+        """
+        if directory == self._current:
+            return self._here()
+        parts = directory.split(b"/") if directory else []
+        common = 0
+        while common < min(len(parts), len(self._names)) and parts[common] == self._names[common]:
+            common += 1
+        self._cut(common)
+        for part in parts[common:]:
+            try:
+                fd = os.open(part, self._FLAGS, dir_fd=self._fds[-1] if self._fds else self.root_fd)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    self._current = b"/".join(self._names)
+                    return None
+                raise
+            self._names.append(part)
+            self._fds.append(fd)
+            self._entered.append((b"/".join(self._names), os.fstat(fd)))
+        self._current = directory
+        return self._here()
+
+    def _here(self) -> tuple[int, list[tuple[bytes, os.stat_result]]]:
+        # Those entered on a way that ended early are reported with the next that does not.
+        entered, self._entered = self._entered, []
+        return (self._fds[-1] if self._fds else self.root_fd), entered
+
+    def _cut(self, length: int) -> None:
+        while len(self._fds) > length:
+            os.close(self._fds.pop())
+            self._names.pop()
+
+
+# -- the stream
+
+
+def iter_tar(workspace: Workspace, *, warn: Warn = lambda _: None) -> Iterator[bytes]:
+    """Yield a tar of the repository in one pass; every name is below `workspace.name`.
+
+    Made for extraction in `GUEST_HOME`. `warn` is told of each file left out or changed
+    meanwhile.
+    """
+
+    def pieces() -> Iterator[bytes]:
+        top = os.fsencode(workspace.top)
+        yield from _repository(top, os.fsencode(workspace.name), warn, 0)
+        yield _END
+
+    return batched(pieces())
+
+
+def _repository(root: bytes, prefix: bytes, warn: Warn, depth: int) -> Iterator[bytes]:
+    """Yield one repository: its directory, its files, the repositories inside, its .git."""
+    nested: list[bytes] = []
+    with DirectoryStack(root) as stack:
+        yield tar_directory(prefix, os.fstat(stack.root_fd))
+        for path in _list_files(root):
+            directory, _, leaf = path.rstrip(b"/").rpartition(b"/")
+            here = stack.enter(directory)
+            if here is None:
+                continue  # tracked, and deleted or replaced by a link
+            for name, found in here[1]:
+                yield tar_directory(b"%b/%b" % (prefix, name), found)
+            name = b"%b/%b" % (prefix, path.rstrip(b"/"))
+            if path.endswith(b"/") or _is_directory(here[0], leaf):
+                nested.append(path.rstrip(b"/"))
+            else:
+                yield from tar_entry(here[0], leaf, name, warn)
+    for path in nested:
+        yield from _nested(b"%b/%b" % (root, path), b"%b/%b" % (prefix, path), warn, depth + 1)
+    yield from _git_directory(root, prefix + b"/.git", warn)
+
+
+def _is_directory(directory_fd: int, leaf: bytes) -> bool:
+    # Of listed names only submodules are directories.
+    try:
+        found = os.stat(leaf, dir_fd=directory_fd, follow_symlinks=False)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode)
+
+
+def _nested(root: bytes, prefix: bytes, warn: Warn, depth: int) -> Iterator[bytes]:
+    """Yield a submodule, or a repository that lies untracked inside another."""
+    try:
+        found = os.lstat(root)
+    except OSError:
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        return
+    if depth > _MAX_NESTING:
+        warn(f"{os.fsdecode(prefix)} is nested too deep: not copied")
+    elif os.path.lexists(root + b"/.git"):
+        yield from _repository(root, prefix, warn, depth)
+    else:
+        yield tar_directory(prefix, found)  # a submodule that is not checked out
+
+
+def _list_files(root: bytes) -> list[bytes]:
+    """Return tracked and untracked-not-ignored paths, sorted so that directories are runs."""
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    # A conflicted path is listed once per side.
+    return sorted(set(listed.split(b"\0")) - {b""})
+
+
+# -- .git
+
+
+class _GitDirectories(NamedTuple):
+    """`own` is this checkout's; `common` the repository's (the same unless a worktree)."""
+
+    own: bytes
+    common: bytes
+
+
+# Of a repository shared by worktrees: what is not one checkout's own.
+_SHARED = (b"refs", b"logs", b"packed-refs", b"reftable", b"info", b"hooks", b"shallow",
+           b"description", b"lfs", b"rr-cache", b"branches", b"remotes")  # fmt: skip
+_NEVER = frozenset(
+    [b"config", b"config.worktree", b"objects", b"modules", b"worktrees", b"commondir", b"gitdir",
+     b"locked", b"gc.pid", b"fsmonitor--daemon", b"fsmonitor--daemon.ipc"]
+)  # fmt: skip
+
+
+def _find_git_directories(root: bytes) -> _GitDirectories:
+    own = _git(root, "rev-parse", "--absolute-git-dir").removesuffix(b"\n")
+    common = _git(root, "rev-parse", "--git-common-dir").removesuffix(b"\n")
+    # --git-common-dir is relative to where git ran (absolute paths: git >= 2.31 only).
+    return _GitDirectories(os.path.realpath(own), os.path.realpath(os.path.join(root, common)))
+
+
+def _git_directory(root: bytes, prefix: bytes, warn: Warn) -> Iterator[bytes]:
+    """Yield a plain `.git` directory that holds everything it needs.
+
+    References come before objects: git only adds objects (a repack apart, see
+    `_objects`), so whatever a copied reference names is there when objects are copied.
+    """
+    found = _find_git_directories(root)
+    yield tar_directory(prefix, os.stat(found.common))
+    done = set(_NEVER)
+    # Loose references before packed ones: packing writes the new file, then removes them.
+    for directory, names in ((found.own, None), (found.common, _SHARED)):
+        present = sorted(os.listdir(directory), key=lambda name: (name == b"packed-refs", name))
+        for name in present:
+            if name in done and name not in (b"refs", b"logs", b"info"):
+                continue
+            if names is not None and found.own != found.common and name not in names:
+                continue
+            yield from _git_tree(directory, name, prefix, done, warn)
+    config = _guest_config(root, found)
+    yield tar_header(prefix + b"/config", b"0", mode=0o644, size=len(config))
+    yield config + bytes(-len(config) % _BLOCK)
+    yield from _objects(found.common, prefix + b"/objects", warn)
+
+
+def _git_tree(
+    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], warn: Warn
+) -> Iterator[bytes]:
+    """Yield one entry of a git directory and all below it; `done` holds what is out already."""
+    path = os.path.join(directory, name)
+    try:
+        found = os.stat(path)  # git itself follows links at this level (git-new-workdir)
+    except OSError:
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        if _wanted(name) and name not in done:
+            done.add(name)
+            yield from _plain_file(path, b"%b/%b" % (prefix, name), warn)
+        return
+    for parent, directories, files in os.walk(path):
+        relative = os.path.relpath(parent, directory)
+        if relative not in done:
+            done.add(relative)
+            with_suffix = b"%b/%b" % (prefix, relative)
+            yield tar_directory(with_suffix, os.stat(parent))
+        directories.sort()
+        for leaf in sorted(files):
+            entry = os.path.join(relative, leaf)
+            if _wanted(leaf) and entry not in done:
+                done.add(entry)
+                yield from _plain_file(os.path.join(parent, leaf), b"%b/%b" % (prefix, entry), warn)
+
+
+def _wanted(leaf: bytes) -> bool:
+    """Tell whether a file of a git directory is lasting: no lock, no half-written one."""
+    return not leaf.endswith((b".lock", b".sample")) and not leaf.startswith(b"tmp_")
+
+
+def _plain_file(path: bytes, name: bytes, warn: Warn) -> Iterator[bytes]:
+    directory, leaf = os.path.split(path)
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        yield from tar_entry(fd, leaf, name, warn)
+    finally:
+        os.close(fd)
+
+
+def _object_directories(common: bytes) -> list[bytes]:
+    """Return the object directory and its alternates, theirs too."""
+    found = [os.path.join(common, b"objects")]
+    for directory in found:
+        try:
+            with open(os.path.join(directory, b"info", b"alternates"), "rb") as file:
+                lines = file.read().split(b"\n")
+        except OSError:
+            continue
+        for line in lines:
+            if not line or line.startswith(b"#"):
+                continue
+            other = os.path.realpath(os.path.join(directory, line))
+            if other not in found and os.path.isdir(other) and len(found) < _MAX_ALTERNATES:
+                found.append(other)
+    return found
+
+
+def _objects(common: bytes, prefix: bytes, warn: Warn) -> Iterator[bytes]:
+    """Yield every object of a repository and its alternates, as one object directory.
+
+    Loose objects before packs: a repack writes the pack, then removes what is in it. A
+    pack that vanishes was replaced by a newer one, so the packs are listed again.
+    """
+    directories = _object_directories(common)
+    yield tar_directory(prefix, os.stat(directories[0]))
+    done: set[bytes] = set()
+    for directory in directories:
+        for fan in sorted(os.listdir(directory)):
+            if len(fan) == 2 and re.fullmatch(rb"[0-9a-f]{2}", fan):
+                yield from _directory_files(directory, fan, prefix, done, warn)
+    if len(directories) == 1:
+        yield from _tree_of_objects(directories[0], b"info", prefix, done, warn)
+    for directory in directories:
+        for _ in range(_PACK_LISTINGS):
+            before = _packs(directory)
+            yield from _directory_files(directory, b"pack", prefix, done, warn)
+            if _packs(directory) <= before:
+                break
+
+
+def _packs(directory: bytes) -> set[bytes]:
+    try:
+        return {name for name in os.listdir(directory + b"/pack") if name.endswith(b".pack")}
+    except OSError:
+        return set()
+
+
+def _tree_of_objects(
+    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], warn: Warn
+) -> Iterator[bytes]:
+    yield from _directory_files(directory, name, prefix, done, warn)
+    if os.path.isdir(os.path.join(directory, name, b"commit-graphs")):
+        graphs = os.path.join(name, b"commit-graphs")
+        yield from _directory_files(directory, graphs, prefix, done, warn)
+
+
+def _directory_files(
+    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], warn: Warn
+) -> Iterator[bytes]:
+    """Yield one directory and the files in it that are not out already."""
+    try:
+        fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if name not in done:
+            done.add(name)
+            yield tar_directory(b"%b/%b" % (prefix, name), os.fstat(fd))
+        for text in sorted(os.listdir(fd)):
+            leaf = os.fsencode(text)
+            entry = b"%b/%b" % (name, leaf)
+            if entry in done or not _wanted(leaf) or leaf in (b"alternates", b"http-alternates"):
+                continue
+            pieces = tar_entry(fd, leaf, b"%b/%b" % (prefix, entry), warn)
+            for piece in pieces:
+                done.add(entry)  # one that vanished is not out: its successor may be
+                yield piece
+    finally:
+        os.close(fd)
+
+
+# -- .git/config
+
+_DROPPED_SECTIONS = ("credential", "gpg", "include", "includeif")
+_DROPPED_KEYS = frozenset(
+    ["core.worktree", "core.bare", "core.fsmonitor", "core.askpass", "core.sshcommand",
+     "commit.gpgsign", "tag.gpgsign", "push.gpgsign", "user.signingkey",
+     "extensions.worktreeconfig"]
+)  # fmt: skip
+_DROPPED_VARIABLES = frozenset(
+    ["extraheader", "cookiefile", "sslkey", "sslcert", "sslcertpasswordprotected", "proxy"]
+)
+_ADDED_KEYS = ("user.name", "user.email", "core.autocrlf", "core.eol", "core.safecrlf")
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)@")
+
+
+def _guest_config(root: bytes, found: _GitDirectories) -> bytes:
+    """Return the config of the copy: the repository's own, less secrets and host paths."""
+    entries = _config_entries(root, os.path.join(found.common, b"config"))
+    if any(key == "extensions.worktreeconfig" and value == "true" for key, value in entries):
+        entries += _config_entries(root, os.path.join(found.own, b"config.worktree"))
+    kept = [
+        (_key_without_secrets(key), None if value is None else without_secrets(value))
+        for key, value in entries
+        if _keeps(key, value)
+    ]
+    kept.append(("core.bare", "false"))
+    own = {key for key, _ in kept}
+    in_force = dict(_parse_config(_git(root, "config", "--list", "-z", check=False)))
+    kept += [(key, in_force[key]) for key in _ADDED_KEYS if key in in_force and key not in own]
+    return render_config(kept).encode(errors="surrogateescape")
+
+
+def _config_entries(root: bytes, path: bytes) -> list[tuple[str, str | None]]:
+    if not os.path.exists(path):
+        return []
+    return _parse_config(_git(root, "config", "--file", path, "--no-includes", "--list", "-z"))
+
+
+def _parse_config(listed: bytes) -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    for entry in os.fsdecode(listed).split("\0"):
+        if entry:
+            key, separator, value = entry.partition("\n")
+            found.append((key, value if separator else None))
+    return found
+
+
+def _keeps(key: str, value: str | None) -> bool:
+    section, _, rest = key.partition(".")
+    variable = rest.rpartition(".")[2]
+    if section in _DROPPED_SECTIONS or key in _DROPPED_KEYS:
+        return False
+    if section == "http" and variable in _DROPPED_VARIABLES:
+        return False
+    # Hooks inside the repository are part of it; those elsewhere on the host are not there.
+    return not (key == "core.hookspath" and (value or "").startswith(("/", "~")))
+
+
+def without_secrets(text: str) -> str:
+    """Return a URL without its password, and over http(s) without its user (often a token)."""
+    match = _URL.match(text)
+    if match is None:
+        return text
+    scheme, userinfo = match.group(1), match.group(2)
+    user = "" if scheme.lower() in ("http", "https") else userinfo.partition(":")[0]
+    return f"{scheme}://{user + '@' if user else ''}{text[match.end() :]}"
+
+
+def _key_without_secrets(key: str) -> str:
+    section, _, rest = key.partition(".")
+    subsection, dot, variable = rest.rpartition(".")
+    return f"{section}.{without_secrets(subsection)}.{variable}" if dot else key
+
+
+def render_config(entries: Iterable[tuple[str, str | None]]) -> str:
+    """Return entries as git config text; a value of None is a bare (true) variable."""
+    lines = []
+    for key, value in entries:
+        section, _, rest = key.partition(".")
+        subsection, dot, variable = rest.rpartition(".")
+        if dot:
+            escaped = subsection.replace("\\", "\\\\").replace('"', '\\"')
+            lines.append(f'[{section} "{escaped}"]')
+        else:
+            lines.append(f"[{section}]")
+        lines.append(f"\t{variable}" if value is None else f"\t{variable} = {_quoted(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\t", "\\t")):
+        value = value.replace(plain, escaped)
+    return f'"{value}"'

@@ -1,0 +1,228 @@
+"""QEMU's microvm machine, with KVM or by software emulation.
+
+Owns QEMU's command line and QMP. Agent streams are a pool of virtio-serial ports, each with
+its own Unix socket: unlike vhost-vsock they need no device node, and unlike an AF_VSOCK
+address no other local user can connect to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from banger.errors import Unavailable, VmmFailed
+from banger.guest.transport import Endpoint, VirtioSerial
+from banger.host.commands import HostCommands
+from banger.host.files import last_lines
+from banger.host.process import ProcessIdentity
+from banger.vmm.base import PROCESS_MARK, VmmCapabilities, VmSpec
+
+# nr 0 is the console's; a virtio-serial device has 31 ports at most.
+STREAM_PORTS = 30
+_SUN_PATH_BYTES = 107
+# QEMU opens its sockets within 0.1-0.5 s here; a busy host has been seen to take 5 s.
+_START_TIMEOUT_S = 30.0
+_QMP_TIMEOUT_S = 10.0
+
+
+class Qemu:
+    """The QEMU adapter."""
+
+    name = "qemu"
+    capabilities = VmmCapabilities(snapshots=False, accelerators=("kvm", "tcg"))
+
+    def __init__(self, commands: HostCommands, binary: str = "qemu-system-x86_64") -> None:
+        self._commands = commands
+        self._binary = binary
+        # Children are reaped here; after a daemon restart init does it.
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def endpoint(self, runtime: Path) -> Endpoint:
+        """Return the VM's pool of virtio-serial ports."""
+        return VirtioSerial(directory=str(runtime), ports=STREAM_PORTS)
+
+    async def start(self, spec: VmSpec) -> ProcessIdentity:
+        """Start QEMU and wait for its QMP socket; see `Vmm.start`."""
+        if len(os.fsencode(str(spec.runtime / "qmp.sock"))) > _SUN_PATH_BYTES:
+            raise Unavailable(
+                f"the socket path {spec.runtime}/qmp.sock is longer than {_SUN_PATH_BYTES} bytes",
+                hint="set XDG_RUNTIME_DIR to a shorter directory",
+            )
+        argv = [self._commands.need(self._binary), *command_line(spec)]
+        for stale in spec.runtime.glob("*.sock"):
+            stale.unlink()
+        # O_APPEND, so that trimming a log from outside works while QEMU writes to it.
+        log_fd = os.open(spec.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            child = await asyncio.to_thread(
+                subprocess.Popen,
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log_fd,
+                stderr=log_fd,
+                cwd="/",
+                env={"PATH": self._commands.environment["PATH"], "LC_ALL": "C.UTF-8"},
+                start_new_session=True,
+                umask=0o077,
+            )
+        except OSError as error:
+            raise VmmFailed(f"cannot start {argv[0]}: {error.strerror}") from error
+        finally:
+            os.close(log_fd)
+        self._children[child.pid] = child
+        process = ProcessIdentity.of(child.pid)
+        try:
+            await self._wait_for_qmp(spec, child)
+        except BaseException:
+            await self._end_child(child)
+            raise
+        if process is None:
+            raise VmmFailed(f"QEMU ended at once: {last_lines(spec.vmm_log)}")
+        return process
+
+    async def adopt(self, runtime: Path, process: ProcessIdentity) -> bool:
+        """Tell whether QEMU still runs and answers QMP."""
+        if not process.alive():
+            return False
+        try:
+            await self._execute(runtime, "query-status")
+        except VmmFailed:
+            return False
+        return True
+
+    async def pause(self, runtime: Path) -> None:
+        """Stop the vCPUs."""
+        await self._execute(runtime, "stop")
+
+    async def resume(self, runtime: Path) -> None:
+        """Let the vCPUs go on."""
+        await self._execute(runtime, "cont")
+
+    async def kill(self, process: ProcessIdentity) -> None:
+        """SIGKILL, and wait until it is gone."""
+        process.kill(signal.SIGKILL)
+        child = self._children.pop(process.pid, None)
+        if child is not None:
+            await asyncio.to_thread(child.wait)
+        else:
+            await process.wait()
+
+    def reap(self, process: ProcessIdentity) -> None:
+        """Collect a child that ended by itself."""
+        child = self._children.pop(process.pid, None)
+        if child is not None:
+            child.wait()
+
+    async def _end_child(self, child: subprocess.Popen[bytes]) -> None:
+        self._children.pop(child.pid, None)
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await asyncio.to_thread(child.wait)
+
+    async def _wait_for_qmp(self, spec: VmSpec, child: subprocess.Popen[bytes]) -> None:
+        deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
+        socket = spec.runtime / "qmp.sock"
+        while True:
+            if child.poll() is not None:
+                raise VmmFailed(
+                    f"QEMU ended with status {child.returncode}: {last_lines(spec.vmm_log)}",
+                    hint=f"its log: {spec.vmm_log}; check the host with `banger doctor`",
+                )
+            if socket.exists():
+                # QMP is the last thing QEMU sets up before it runs the machine.
+                with contextlib.suppress(VmmFailed):
+                    await self._execute(spec.runtime, "query-status")
+                    return
+            if asyncio.get_running_loop().time() > deadline:
+                raise VmmFailed(
+                    f"QEMU did not answer within {_START_TIMEOUT_S:.0f} s: "
+                    f"{last_lines(spec.vmm_log)}",
+                    hint=f"its log: {spec.vmm_log}",
+                )
+            await asyncio.sleep(0.01)
+
+    async def _execute(self, runtime: Path, command: str) -> object:
+        from qemu.qmp import QMPClient, QMPError
+
+        client = QMPClient("banger")
+        client.logger.disabled = True  # a refused connection is an answer here, not an error
+        try:
+            async with asyncio.timeout(_QMP_TIMEOUT_S):
+                await client.connect(str(runtime / "qmp.sock"))
+                try:
+                    return await client.execute(command)
+                finally:
+                    await client.disconnect()
+        except (TimeoutError, OSError, EOFError, QMPError) as error:
+            raise VmmFailed(f"QEMU did not do {command!r}: {error or 'no answer'}") from error
+
+
+def command_line(spec: VmSpec) -> list[str]:
+    """Return QEMU's arguments for a VM."""
+    runtime = str(spec.runtime)
+    arguments = [
+        # The id stands in the command line, so that a crash's orphans can be found by it.
+        *("-name", f"guest={PROCESS_MARK}{spec.id}"),
+        *("-machine", "microvm,rtc=on,isa-serial=on,auto-kernel-cmdline=off"),
+        *("-accel", "kvm" if spec.accel == "kvm" else "tcg,thread=multi,tb-size=256"),
+        *("-cpu", "host" if spec.accel == "kvm" else "max"),
+        *("-smp", str(spec.vcpu)),
+        *("-m", f"{spec.memory_bytes >> 20}M"),
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        *("-display", "none"),
+        *(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        ),
+        *("-kernel", str(spec.kernel)),
+        *("-initrd", str(spec.initramfs)),
+        *("-append", spec.command_line),
+        *("-chardev", f"file,id=console,path={_escape(str(spec.console_log))},append=on"),
+        *("-serial", "chardev:console"),
+        *("-chardev", f"socket,id=qmp,path={_escape(runtime)}/qmp.sock,server=on,wait=off"),
+        *("-mon", "chardev=qmp,mode=control"),
+        *("-device", "virtio-rng-device"),
+        *_disk("base", spec.base_disk, read_only=True),
+        *_disk("own", spec.own_disk, read_only=False),
+        *_disk("mods", spec.modules_disk, read_only=True),
+        *("-device", "virtio-serial-device,max_ports=31"),
+    ]
+    for port in range(STREAM_PORTS):
+        path = f"{_escape(runtime)}/p{port:02d}"
+        arguments += [
+            *("-chardev", f"socket,id=s{port},path={path},server=on,wait=off"),
+            *("-device", f"virtserialport,chardev=s{port},name=banger.{port},nr={port + 1}"),
+        ]
+    if spec.network is not None:
+        arguments += [
+            *("-netdev", "user,id=net0,ipv6=off"),
+            *("-device", f"virtio-net-device,netdev=net0,mac={spec.network.mac}"),
+        ]
+    return arguments
+
+
+def _disk(role: str, path: Path, *, read_only: bool) -> list[str]:
+    node = {
+        "driver": "raw",
+        "node-name": role,
+        "read-only": read_only,
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": str(path), "read-only": read_only},
+    }
+    return [
+        *("-blockdev", json.dumps(node)),
+        # The guest finds a disk by its serial: the order of mmio slots is the kernel's affair.
+        *("-device", f"virtio-blk-device,drive={role},serial=banger-{role}"),
+    ]
+
+
+def _escape(value: str) -> str:
+    """Double commas: that is how a value says one in QEMU's option syntax."""
+    return value.replace(",", ",,")

@@ -1,0 +1,45 @@
+"""Fixtures of all tests; evidence of the failing ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.sandbox import Sandbox
+
+_outcome = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    """Remember whether a test failed, for the fixture that keeps its evidence."""
+    report = yield
+    if report.when == "call":
+        item.stash[_outcome] = report.failed
+    return report
+
+
+@pytest.fixture
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A user of their own with the cached images and kernels."""
+    made = Sandbox()
+    try:
+        yield made
+    finally:
+        if request.node.stash.get(_outcome, True):
+            made.keep_evidence(request.node.nodeid)
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def shared_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """One user for a whole module, where a boot for each test would cost too much."""
+    made = Sandbox()
+    failed_before = request.session.testsfailed
+    try:
+        yield made
+    finally:
+        if request.session.testsfailed > failed_before:
+            made.keep_evidence(request.node.nodeid)
+        made.close()
