@@ -73,15 +73,20 @@ func (o *portOpener) scan() int {
 	return len(o.open)
 }
 
-// watch scans again for ports that appear late: often at first, for ten seconds, then for a minute.
+// watch scans again for ports that appear late: often until some are there and no new one has come for half a
+// second, then once a second for half a minute. Each scan reads a file per port.
 func (o *portOpener) watch() {
-	for i := 0; i < 500; i++ {
-		o.scan()
-		time.Sleep(20 * time.Millisecond)
+	last, quiet := o.scan(), 0
+	for i := 0; i < 1000 && (last == 0 || quiet < 10); i++ {
+		time.Sleep(50 * time.Millisecond)
+		quiet++
+		if n := o.scan(); n != last {
+			last, quiet = n, 0
+		}
 	}
-	for i := 0; i < 60; i++ {
-		o.scan()
+	for i := 0; i < 30; i++ {
 		time.Sleep(time.Second)
+		o.scan()
 	}
 }
 

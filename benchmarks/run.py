@@ -58,7 +58,9 @@ def timed(step: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def in_turns(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
+def in_turns(
+    ours: Callable[[], object], peer: Callable[[], object], rounds: int
+) -> tuple[float, float]:
     """Return the median seconds of two things measured turn by turn, so that both see one host."""
     both = [(timed(ours), timed(peer)) for _ in range(rounds)]
     return statistics.median(o for o, _ in both), statistics.median(p for _, p in both)

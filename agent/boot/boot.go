@@ -65,6 +65,11 @@ func Log(format string, arguments ...interface{}) {
 	}
 }
 
+// marks is the time line of this boot, for the kernel's log.
+var marks string
+
+func mark(name string) { marks += fmt.Sprintf(" %s %.0f", name, system.Uptime()*1000) }
+
 func run() (step string, err error) {
 	step = "mount /proc, /sys, /dev"
 	for _, m := range []struct {
@@ -87,10 +92,10 @@ func run() (step string, err error) {
 	if err != nil {
 		return step, err
 	}
-	step = "load kernel modules"
-	if err := loadModules(); err != nil {
-		return step, err
-	}
+	mark("start")
+	// Beside the mounts: those wait for their drive, which is there once its module is.
+	modules := make(chan error, 1)
+	go func() { modules <- loadModules() }()
 	step = "set the clock"
 	if config.TimeUnixNs > 0 && time.Now().Add(clockSlack).UnixNano() < config.TimeUnixNs {
 		if err := system.SetClock(config.TimeUnixNs); err != nil {
@@ -98,7 +103,17 @@ func run() (step string, err error) {
 		}
 	}
 	step = "mount the disks"
-	if err := mountDisks(config); err != nil {
+	diskErr := mountDisks(config)
+	mark("disks")
+	if err := <-modules; err != nil {
+		return "load kernel modules", err
+	}
+	mark("modules")
+	if diskErr != nil {
+		return step, diskErr
+	}
+	step = "join the disks"
+	if err := mountOverlay(); err != nil {
 		return step, err
 	}
 	inRoot, err := openRoot(newRoot)
@@ -109,6 +124,7 @@ func run() (step string, err error) {
 	if err := prepareRoot(inRoot, config); err != nil {
 		return step, err
 	}
+	mark("root")
 	step = "configure the network"
 	if err := configureLoopback(); err != nil {
 		return step, fmt.Errorf("lo: %w", err)
@@ -137,11 +153,14 @@ func run() (step string, err error) {
 	if err := enterRoot(inRoot); err != nil {
 		return step, err
 	}
+	mark("network")
 	step = "start the agent"
 	pid, err := startAgent(argv == nil, late)
 	if err != nil {
 		return step, err
 	}
+	mark("agent")
+	Log("boot: ms since boot:%s", marks)
 	if argv != nil {
 		step = "start " + argv[0]
 		environment := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/", "TERM=linux"}
@@ -214,11 +233,11 @@ func waitForDrive(spec string) (string, error) {
 
 func mountDisks(config *Config) error {
 	mount := func(spec, target string, flags uintptr) error {
-		device, err := waitForDrive(spec)
-		if err != nil {
+		if err := os.MkdirAll(target, 0o755); err != nil {
 			return err
 		}
-		if err := os.MkdirAll(target, 0o755); err != nil {
+		device, err := waitForDrive(spec)
+		if err != nil {
 			return err
 		}
 		if err := syscall.Mount(device, target, "ext4", flags, ""); err != nil {
@@ -226,12 +245,27 @@ func mountDisks(config *Config) error {
 		}
 		return nil
 	}
-	if err := mount(config.Drives.Base, "/base", syscall.MS_RDONLY); err != nil {
-		return err
+	// Side by side: an emulated disk takes its time over each.
+	results := make(chan error, 3)
+	go func() { results <- mount(config.Drives.Base, "/base", syscall.MS_RDONLY) }()
+	go func() { results <- mount(config.Drives.Own, "/own", syscall.MS_NOATIME) }()
+	go func() {
+		if config.Drives.Modules == nil {
+			results <- nil
+			return
+		}
+		results <- mount(*config.Drives.Modules, "/modules", syscall.MS_RDONLY)
+	}()
+	var first error
+	for i := 0; i < cap(results); i++ {
+		if err := <-results; err != nil && first == nil {
+			first = err
+		}
 	}
-	if err := mount(config.Drives.Own, "/own", syscall.MS_NOATIME); err != nil {
-		return err
-	}
+	return first
+}
+
+func mountOverlay() error {
 	for _, name := range []string{"/own/upper", "/own/work", "/own/docker", "/own/containerd"} {
 		if err := os.Mkdir(name, 0o755); err != nil && !os.IsExist(err) {
 			return err
@@ -256,16 +290,12 @@ func prepareRoot(r *root, config *Config) error {
 		}
 	}
 	if config.Drives.Modules != nil {
-		device, err := waitForDrive(*config.Drives.Modules)
-		if err != nil {
-			return err
-		}
 		raw, err := os.ReadFile("/proc/sys/kernel/osrelease")
 		if err != nil {
 			return err
 		}
 		target := "/lib/modules/" + strings.TrimSpace(string(raw))
-		if err := r.mount(device, target, "ext4", syscall.MS_RDONLY, ""); err != nil {
+		if err := r.mount("/modules", target, "", syscall.MS_MOVE, ""); err != nil {
 			return err
 		}
 	}

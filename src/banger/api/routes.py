@@ -80,9 +80,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("prune_vms", "POST", "/v1/vms/prune", models.PruneRequest, models.Pruned, "operation"),
     Route("get_vm", "GET", "/v1/vms/{name}", None, models.Vm, summary="Show a VM"),
-    Route(
-        "set_vm", "PATCH", "/v1/vms/{name}", models.VmSet, models.Vm, summary="Change a VM"
-    ),
+    Route("set_vm", "PATCH", "/v1/vms/{name}", models.VmSet, models.Vm, summary="Change a VM"),
     Route(
         "delete_vm",
         "DELETE",
@@ -120,7 +118,13 @@ ROUTES: tuple[Route, ...] = (
         "Stop and start a VM",
     ),
     Route(
-        "kill_vm", "POST", "/v1/vms/{name}/kill", None, models.Vm, "operation", "End the VMM at once"
+        "kill_vm",
+        "POST",
+        "/v1/vms/{name}/kill",
+        None,
+        models.Vm,
+        "operation",
+        "End the VMM at once",
     ),
     Route(
         "connect_vm",

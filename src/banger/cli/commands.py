@@ -6,22 +6,32 @@ module of a verb that is not run.
 
 from __future__ import annotations
 
-from typing import NamedTuple
 
-
-class Verb(NamedTuple):
+class Verb:
     """One verb: the module of `banger.cli` that runs it, and its line of help."""
 
-    module: str
-    help: str
+    # Plain classes: importing typing would cost a third of what `banger version` may.
+    __slots__ = ("help", "module")
+
+    def __init__(self, module: str, help: str) -> None:  # noqa: A002 - argparse's word
+        self.module = module
+        self.help = help
 
 
-class Noun(NamedTuple):
+class Noun:
     """One noun. A noun without verbs is a command by itself: its verb is the empty string."""
 
-    help: str
-    verbs: dict[str, Verb]
-    aliases: dict[str, str] = {}  # noqa: RUF012 - a value, never written to
+    __slots__ = ("aliases", "help", "verbs")
+
+    def __init__(
+        self,
+        help: str,  # noqa: A002 - argparse's word
+        verbs: dict[str, Verb],
+        aliases: dict[str, str] | None = None,
+    ) -> None:
+        self.help = help
+        self.verbs = verbs
+        self.aliases = aliases or {}
 
 
 NOUNS: dict[str, Noun] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from banger.paths import Paths, find_paths
 
 if TYPE_CHECKING:
+    from banger.api.models import VmConnection
     from banger.client.api import Client
+    from banger.guest.transport import Endpoint
 
 
 class Context:
@@ -28,3 +30,10 @@ class Context:
 
             self._client = Client(Daemon(self.paths, warn=notice))
         return self._client
+
+
+def endpoint_of(connection: VmConnection) -> Endpoint:
+    """Return how to reach a VM's agent, from the daemon's answer."""
+    from banger.guest import transport
+
+    return transport.endpoint_from_wire(cast("dict[str, object]", connection["endpoint"]))

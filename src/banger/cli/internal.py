@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from banger.cli.context import Context
+from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import Parser
 from banger.errors import UsageError
 
@@ -20,15 +20,14 @@ def build_connect(parser: Parser) -> None:
 
 def run_connect(context: Context, args: argparse.Namespace) -> int:
     """Pump bytes between stdin/stdout and a port inside the VM until both ends closed."""
-    from banger.guest import agent, transport
+    from banger.guest import agent
 
     # ssh hands over the host name as typed; NAME.vm is how it names a VM.
     name = args.name.lower().removesuffix(".vm")
     if not args.port.isascii() or not args.port.isdigit() or not 0 < int(args.port) < 65536:
         raise UsageError(f"not a port: {args.port}", hint="banger internal connect NAME 22")
     connection = context.client.connect_vm(name)
-    endpoint = transport.endpoint_from_wire(connection["endpoint"])
-    agent.forward(endpoint, int(args.port), wait_s=WAIT_S, in_fd=0, out_fd=1)
+    agent.forward(endpoint_of(connection), int(args.port), wait_s=WAIT_S, in_fd=0, out_fd=1)
     return 0
 
 

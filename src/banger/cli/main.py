@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
 
 from banger import __version__
 from banger.cli.commands import HIDDEN, NOUNS, SHORTCUTS, STDOUT_IS_THE_GUESTS, Noun
 
+TYPE_CHECKING = False  # importing typing for the name costs 7 ms
 if TYPE_CHECKING:
     from types import ModuleType
+    from typing import NoReturn
 
     from banger.errors import BangerError
 
@@ -202,8 +203,10 @@ def _fail(error: Exception, words: list[str]) -> int:
     status = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE
     shown = error if isinstance(error, BangerError) else _unexpected(error)
     if "--json" in words:
-        stream = sys.stderr if _guest_owns_stdout(words) else sys.stdout
-        output.write_json(output.error_body(shown), stream)
+        if _guest_owns_stdout(words):
+            output.write_json_line({"type": "error", **output.error_body(shown)}, sys.stderr)
+        else:
+            output.write_json(output.error_body(shown))
     else:
         output.write_error(shown)
     return status

@@ -165,7 +165,7 @@ def format_bytes(count: int) -> str:
         value /= 1024
         if value < 1023.95 or unit == "TiB":
             break
-    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
+    return f"{value:.{0 if value >= 100 else 1}f}".removesuffix(".0") + f" {unit}"
 
 
 def format_duration(seconds: float) -> str:

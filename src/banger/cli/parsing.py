@@ -11,6 +11,15 @@ from banger.errors import UsageError, nearest
 Builder = Callable[["Parser"], None]
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks, and finds the terminal's width without importing shutil."""
+
+    def __init__(self, prog: str) -> None:
+        from banger.cli.output import terminal_width
+
+        super().__init__(prog, width=min(terminal_width(), 100) - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """One verb's parser. `takes_command` allows words after `--`.
 
@@ -42,7 +51,7 @@ def make_parser(noun: str, verb: str, builder: Builder) -> Parser:
     """Build the parser of one verb."""
     parser = Parser(
         prog=f"banger {noun} {verb}".strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     builder(parser)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from banger.cli import output
-from banger.cli.context import Context
+from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import Parser, add_json, add_quiet
 from banger.cli.progress import Progress
 from banger.errors import BangerError, InvalidInput, NotFound, UsageError
@@ -103,9 +103,8 @@ class _Warnings:
 
 def _endpoint(context: Context, name: str) -> Endpoint:
     from banger.cli.vm_ssh import connect_running
-    from banger.guest import transport
 
-    return transport.endpoint_from_wire(connect_running(context, name)["endpoint"])
+    return endpoint_of(connect_running(context, name))
 
 
 def _guest_path(path: str) -> bytes:
@@ -276,7 +275,7 @@ def _from_guest(
         if sys.stdout.isatty():
             raise InvalidInput("a tar is nothing for a terminal", hint="append `| tar t`")
         sys.stdout.flush()
-        result = agent.get_tar(endpoint, asked, sys.stdout.buffer)
+        result = agent.get_tar(endpoint, asked, sys.stdout.buffer.write)
         sys.stdout.buffer.flush()
         return _sent(result, warnings)
     directory, name = _host_target(destination, asked, contents_only, _is_directory(there), there)
@@ -365,7 +364,7 @@ def _receive(
     def pull() -> None:
         try:
             with os.fdopen(write_fd, "wb") as sink:
-                outcome.append(agent.get_tar(endpoint, path, sink))
+                outcome.append(agent.get_tar(endpoint, path, sink.write))
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
             outcome.append(error)
 

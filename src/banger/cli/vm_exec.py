@@ -8,15 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from banger.cli import output
-from banger.cli.context import Context
+from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import Parser, add_execution, add_json, add_quiet
 from banger.errors import InvalidInput, UsageError
 
 if TYPE_CHECKING:
     from banger.api.models import VmConnection
     from banger.guest.agent import ExecRequest, ExitStatus
-
-EXIT_TIMED_OUT = 124  # as timeout(1)
 
 
 def build_exec(parser: Parser) -> None:
@@ -105,11 +103,15 @@ def _terminal() -> tuple[int, int, str]:
 
 
 def execute(connection: VmConnection, request: ExecRequest, *, json: bool) -> int:
-    """Run a request over our own stdin, stdout and stderr and return the exit status."""
-    from banger.cli import attach
-    from banger.guest import transport
+    """Run a request over our own stdin, stdout and stderr and return the exit status.
 
-    endpoint = transport.endpoint_from_wire(connection["endpoint"])
+    A detached one is only started: its output is in a file of the guest, named on stderr.
+    """
+    from banger.cli import attach
+
+    endpoint = endpoint_of(connection)
+    if request.detach:
+        return _start(connection, request, json=json)
     sys.stdout.flush()
     sys.stderr.flush()
     status = attach.run_exec(
@@ -119,10 +121,24 @@ def execute(connection: VmConnection, request: ExecRequest, *, json: bool) -> in
         stdout_fd=1,
         stderr_fd=2,
     )
-    code = EXIT_TIMED_OUT if status.timed_out else status.exit_code
+    code = status.exit_code
     if json:
         output.write_json_line(_result(connection, status, code), sys.stderr)
     return code
+
+
+def _start(connection: VmConnection, request: ExecRequest, *, json: bool) -> int:
+    from banger.guest import agent
+
+    started = agent.start_detached(endpoint_of(connection), request)
+    name = connection["vm"]["name"]
+    if json:
+        result = {"name": name, "pid": started.get("pid"), "log": started.get("log")}
+        output.write_json_line({"type": "result", "result": result}, sys.stderr)
+    else:
+        log = started.get("log")
+        output.notice(f"started in {name} (pid {started.get('pid')}); its output is in {log}")
+    return 0
 
 
 def _result(connection: VmConnection, status: ExitStatus, code: int) -> dict[str, Any]:
@@ -131,8 +147,8 @@ def _result(connection: VmConnection, status: ExitStatus, code: int) -> dict[str
         "result": {
             "name": connection["vm"]["name"],
             "exit_code": code,
-            "signal": status.signal or None,
-            "timed_out": bool(status.timed_out),
+            "signal": status.signal,
+            "timed_out": status.timed_out,
         },
     }
 

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from banger.cli import output
-from banger.cli.context import Context
+from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import (
     CREATION_FIELDS,
     Parser,
@@ -240,15 +240,16 @@ def _open_workspace(args: argparse.Namespace) -> Workspace | None:
 def _copy(
     connection: VmConnection, workspace: Workspace, args: argparse.Namespace, progress: Progress
 ) -> None:
-    from banger.guest import agent, transport
+    from banger.guest import agent
     from banger.services import workspaces
 
-    endpoint = transport.endpoint_from_wire(connection["endpoint"])
+    endpoint = endpoint_of(connection)
     progress.stage(f"copy {workspace.name} to {workspace.guest_directory}")
     agent.put_tar(
         endpoint,
         os.fsencode(workspaces.GUEST_HOME),
-        _counted(workspaces.iter_tar(workspace, warn=progress.warning), progress),
+        workspaces.iter_tar(workspace, warn=progress.warning),
+        progress=progress.progress,
     )
     if args.branch:
         argv = workspaces.branch_argv(workspace, args.branch, args.from_ref)
@@ -259,14 +260,6 @@ def _copy(
                 f"--branch {args.branch}: git says: {lines[-1] if lines else 'nothing'}",
                 hint="commit or stash what conflicts, or leave --from out",
             )
-
-
-def _counted(chunks: Any, progress: Progress) -> Any:
-    done = 0
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk)
-        progress.progress(done)
 
 
 # -- the shell or the command
@@ -290,7 +283,7 @@ def _finish(
         if args.detach:
             if not args.json:
                 output.write_line(name)
-            _say(args, f"the command runs in {name}; `banger vm ssh {name}` looks after it")
+            _say(args, f"`banger vm ssh {name}` looks after it")
         elif not args.rm:
             _say(args, f"{name} stays: `banger vm ssh {name}` enters it, "
                        f"`banger vm delete {name}` deletes it")  # fmt: skip

@@ -9,7 +9,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from banger.cli.context import Context
+from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import Parser, add_quiet
 from banger.cli.progress import Progress
 from banger.errors import Conflict, NotFound, Unavailable
@@ -103,10 +103,10 @@ def prepare(context: Context, connection: VmConnection, progress: Progress) -> l
 
 def wait_for_sshd(connection: VmConnection, progress: Progress) -> None:
     """Wait until the agent sees port 22 listening, in bounds that fit the isolation."""
-    from banger.guest import agent, transport
+    from banger.guest import agent
 
     vm = connection["vm"]
-    endpoint = transport.endpoint_from_wire(connection["endpoint"])
+    endpoint = endpoint_of(connection)
     if agent.probe_port(endpoint, SSH_PORT, wait_s=0.0):
         return
     progress.stage("waiting for sshd")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast
-from urllib.parse import quote
 
 from banger.client.connection import error_from_body
 from banger.errors import Unavailable
@@ -180,6 +179,12 @@ class Client:
         )
 
 
+_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_~.")
+
+
 def _segment(name: str) -> str:
-    # "." and ".." are taken out of paths by HTTP stacks, and no name begins with a dot.
-    return quote(name, safe="").replace(".", "%2E") if name in (".", "..") else quote(name, safe="")
+    """Return a name as one segment of a path (RFC 3986); urllib.parse is 2 ms of import."""
+    encoded = name.encode(errors="surrogateescape")
+    # "." and ".." alone would be taken out of the path.
+    plain = _PLAIN if encoded.strip(b".") else b""
+    return "".join(chr(byte) if byte in plain else f"%{byte:02X}" for byte in encoded)

@@ -13,8 +13,6 @@ import contextlib
 import fcntl
 import json
 import os
-import select
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -149,6 +147,8 @@ def _open_pidfd(pid: int) -> int | None:
 
 def _wait_gone(path: str, pid: int, pidfd: int | None) -> None:
     if pidfd is not None:
+        import select
+
         try:
             if select.select([pidfd], [], [], STOP_TIMEOUT_S)[0]:
                 return
@@ -230,7 +230,7 @@ def _spawn(paths: Paths) -> None:
         line = _read_ready_line(read_fd)
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
         raise Unavailable(
             f"the daemon was not ready within {READY_TIMEOUT_S:.0f} s{_log_tail(paths)}",
             hint="see `banger daemon logs` and `banger doctor`",
@@ -254,6 +254,8 @@ def _daemon_environment() -> dict[str, str]:
 
 
 def _read_ready_line(fd: int) -> bytes:
+    import select
+
     deadline = time.monotonic() + READY_TIMEOUT_S
     line = b""
     while b"\n" not in line and len(line) < 65536:

@@ -156,9 +156,7 @@ class Handlers:
     async def start_vm(self, name: str) -> Operation:
         """Start a VM."""
         vm = await self._vms.get(name)
-        return self._operations.start(
-            "start", vm["name"], lambda op: self._vms.start(vm["id"], op)
-        )
+        return self._operations.start("start", vm["name"], lambda op: self._vms.start(vm["id"], op))
 
     async def stop_vm(self, name: str, body: models.StopRequest) -> Operation:
         """Stop a VM."""

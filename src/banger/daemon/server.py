@@ -34,8 +34,12 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def make_app(handlers: Handlers) -> Starlette:
     """Return the ASGI app of the route table."""
     routes = [
-        StarletteRoute(route.path, _endpoint(route, getattr(handlers, route.name)), name=route.name,
-                       methods=[route.method])
+        StarletteRoute(
+            route.path,
+            _endpoint(route, getattr(handlers, route.name)),
+            name=route.name,
+            methods=[route.method],
+        )
         for route in ROUTES
     ]
     routes.append(StarletteRoute("/v1/openapi.json", _openapi, methods=["GET"]))

@@ -100,9 +100,7 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
     )
     operations = OperationManager()
     services = Services(vms, images, kernels, operations, str(layout.data), stop_daemon)
-    return Daemon(
-        layout, config.log_level, database, rows, vms, operations, Handlers(services)
-    )
+    return Daemon(layout, config.log_level, database, rows, vms, operations, Handlers(services))
 
 
 def _defaults(config: Config, limits: HostLimits) -> VmDefaults:

@@ -32,6 +32,7 @@ BOOT_CONFIG_PATH = "banger/boot.json"
 _MAX_FILE_BYTES = (1 << 32) - 1
 _MAX_NAME_BYTES = 4096  # PATH_MAX, which init/initramfs.c enforces
 _TRAILER = b"TRAILER!!!"
+_PAGE_BYTES = 4096
 
 
 class CpioEntry(NamedTuple):
@@ -54,9 +55,9 @@ def directory_entry(name: str, mode: int = 0o755) -> CpioEntry:
 
 
 def cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
-    """Return a newc archive of root-owned entries (Documentation/driver-api/early-userspace/
-    buffer-format.rst), with its trailer, padded to 512 bytes so that another may follow.
+    """Return a newc archive of root-owned entries, padded so that another may follow it.
 
+    The format is the kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
     Parents come before children; that is the caller's to see to. Raises InvalidInput for a
     name the kernel would not unpack.
     """
@@ -96,9 +97,7 @@ def agent_binary() -> Path:
     return path
 
 
-def base_segment(
-    kernel_directory: Path, *, cache_dir: Path, agent: Path | None = None
-) -> Path:
+def base_segment(kernel_directory: Path, *, cache_dir: Path, agent: Path | None = None) -> Path:
     """Return the initramfs segment that all VMs with this kernel and agent share.
 
     It is made once and kept below the cache directory under the digest of what is in it.
@@ -152,7 +151,12 @@ def write_initramfs(output: Path, base: Path, boot: Mapping[str, Any]) -> None:
     It holds the machine's private keys, hence mode 0600 here and for the file in it.
     """
     own = cpio_archive([file_entry(BOOT_CONFIG_PATH, json.dumps(boot).encode(), 0o600)])
-    _write_whole(output, [base.read_bytes(), own])
+    shared = base.read_bytes()
+    # QEMU's microvm puts the initramfs at the top of low memory, rounded down to a page, and the
+    # firmware its ACPI tables into the last page: a size that is no multiple of a page reaches
+    # into them, and the kernel hangs after "ACPI: Core revision" (docs/debugging.md).
+    padding = bytes(-(len(shared) + len(own)) % _PAGE_BYTES)
+    _write_whole(output, [shared, own, padding])
 
 
 def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
@@ -188,14 +192,14 @@ def boot_config(
     authorized_key: str,
     host_keys: Mapping[str, bytes],
     environment: Mapping[str, str] | None = None,
-    init: str | None = None,
+    init: Sequence[str] | None = None,
     time_unix_ns: int | None = None,
 ) -> dict[str, Any]:
     """Return the boot configuration of a VM, as the agent reads it.
 
     `host_keys` maps file names below /etc/ssh (ssh_host_ed25519_key and its .pub) to their
-    content. `init` overrides the image's own init. `environment` goes to /etc/environment
-    only where given.
+    content. `init` is a command line in place of the image's own init. `environment` goes to
+    /etc/environment only where given.
     """
     files = [
         _file("/etc/hostname", f"{hostname}\n"),
@@ -205,9 +209,7 @@ def boot_config(
         *([_file("/etc/resolv.conf", resolv_conf(network.dns))] if network else []),
         _file("/root/.ssh/authorized_keys", f"{authorized_key.strip()}\n", mode=0o600),
         *(
-            _file(
-                f"/etc/ssh/{name}", content, mode=0o644 if name.endswith(".pub") else 0o600
-            )
+            _file(f"/etc/ssh/{name}", content, mode=0o644 if name.endswith(".pub") else 0o600)
             for name, content in sorted(host_keys.items())
         ),
     ]
@@ -237,7 +239,7 @@ def boot_config(
         ],
         "files": files,
         "time_unix_ns": time.time_ns() if time_unix_ns is None else time_unix_ns,
-        "init": init,
+        "init": None if init is None else list(init),
     }
 
 

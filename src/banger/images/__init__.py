@@ -1,0 +1,1 @@
+"""Images: a base root file system as one read-only ext4."""

@@ -243,18 +243,23 @@ def finishing_script(entry: DebianImage) -> str:
     ]
     for file in entry.files:
         path = shlex.quote(file.path)
-        lines.append(f"mkdir -p {shlex.quote(os.path.dirname(file.path))}")
-        lines.append(f"printf %s {shlex.quote(file.text)} > {path}")
-        lines.append(f"chmod 0644 {path}")
+        lines += [
+            f"mkdir -p {shlex.quote(os.path.dirname(file.path))}",
+            f"printf %s {shlex.quote(file.text)} > {path}",
+            f"chmod 0644 {path}",
+        ]
     for path, target in entry.links:
-        lines.append(f"mkdir -p {shlex.quote(os.path.dirname(path))}")
-        lines.append(f"ln -sfn {shlex.quote(target)} {shlex.quote(path)}")
+        lines += [
+            f"mkdir -p {shlex.quote(os.path.dirname(path))}",
+            f"ln -sfn {shlex.quote(target)} {shlex.quote(path)}",
+        ]
     if entry.disable:
         lines.append(f"systemctl disable {shlex.join(entry.disable)} 2>/dev/null || true")
-    for unit in entry.mask:
-        lines.append(f"ln -sfn /dev/null /etc/systemd/system/{shlex.quote(unit)}")
-    lines.append("rm -rf /var/log/apt /var/log/*.log /var/cache/debconf/*-old /var/lib/dpkg/*-old")
-    lines.append("rm -f /var/cache/ldconfig/aux-cache")
+    lines += [f"ln -sfn /dev/null /etc/systemd/system/{shlex.quote(unit)}" for unit in entry.mask]
+    lines += [
+        "rm -rf /var/log/apt /var/log/*.log /var/cache/debconf/*-old /var/lib/dpkg/*-old",
+        "rm -f /var/cache/ldconfig/aux-cache",
+    ]
     return "\n".join(lines)
 
 

@@ -15,8 +15,9 @@ import secrets
 import tarfile
 import tempfile
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, ParamSpec, TypeVar
 
 from banger.errors import CommandFailed, Corrupted, InvalidInput, NoSpace
 from banger.events import EventSink, NullSink
@@ -25,6 +26,8 @@ from banger.host.files import copy_sparse, make_private_directory, no_space_name
 from banger.host.locks import locked
 
 Strategy = Literal["tar", "stage"]
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Every time stamp mke2fs would take from the clock, and the limit mmdebstrap clamps to, so
 # that the same packages give the same bytes. 2023-06-10: the day Debian 12 came out.
@@ -90,6 +93,10 @@ async def build_ext4(
     `source` is a tar file or the read end of a pipe; a pipe needs `size_bytes`, which is a
     limit rather than a cost, since the file is sparse. A tar that does not fit raises
     NoSpace. `work` holds what the `stage` strategy stages (default: beside the output).
+
+    Where the strategies differ: of extended attributes `tar` keeps security.capability only
+    (mke2fs 1.47.2), `stage` all; and each takes another member's word for the attributes of
+    hard-linked files, so every member of such a file must repeat them, as tar writers do.
     """
     sink = sink or NullSink()
     strategy = strategy or await probe_strategy(commands)
@@ -98,7 +105,7 @@ async def build_ext4(
             raise TypeError("a pipe needs size_bytes")
         size_bytes = await asyncio.to_thread(estimate_size_bytes, source)
     size_bytes = max(_MIN_SIZE_BYTES, -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES)
-    options = _base_options(label, size_bytes)
+    options = _base_options(label)
     if strategy == "tar":
         with _opened(source) as stdin:
             await _mke2fs(
@@ -111,9 +118,10 @@ async def build_ext4(
     else:
         from banger.images import staged  # only where e2fsprogs is old
 
-        with tempfile.TemporaryDirectory(
-            prefix="staged-", dir=work or output.parent
-        ) as directory, _opened(source) as stdin:
+        with (
+            tempfile.TemporaryDirectory(prefix="staged-", dir=work or output.parent) as directory,
+            _opened(source) as stdin,
+        ):
             tree = await _to_thread_uncut(staged.stage_tar, stdin, Path(directory))
             sink.stage("writing the file system")
             await _mke2fs(
@@ -203,7 +211,7 @@ def estimate_size_bytes(tar: Path) -> int:
     return max(content + content // 16 + 8 * 1024 * 1024, by_inodes)
 
 
-def _base_options(label: str, size_bytes: int) -> list[str]:
+def _base_options(label: str) -> list[str]:
     identity = volume_uuid(label)
     return [
         "-q", "-F", "-t", "ext4", "-b", str(_BLOCK_BYTES), "-m", "0",
@@ -251,15 +259,16 @@ async def _mke2fs(
 
 
 @contextlib.contextmanager
-def _opened(source: Path | int):  # type: ignore[no-untyped-def]
-    file = open(source, "rb", closefd=not isinstance(source, int), buffering=0)  # noqa: SIM115
-    with file:
+def _opened(source: Path | int) -> Iterator[IO[bytes]]:
+    with open(source, "rb", closefd=not isinstance(source, int), buffering=0) as file:
         yield file
 
 
-async def _to_thread_uncut(function, *arguments):  # type: ignore[no-untyped-def]
+async def _to_thread_uncut(
+    function: Callable[_Arguments, _Result], *arguments: _Arguments.args, **named: _Arguments.kwargs
+) -> _Result:
     """Run in a thread; when cancelled, wait for the thread before the files go away."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    task = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

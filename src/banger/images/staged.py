@@ -202,9 +202,7 @@ class _Stager:
             self._numbers[path] = number
 
     @staticmethod
-    def _write(
-        archive: tarfile.TarFile, member: tarfile.TarInfo, name: bytes, parent: int
-    ) -> None:
+    def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, name: bytes, parent: int) -> None:
         fd = os.open(
             name,
             os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
@@ -299,9 +297,7 @@ def _live(tree: StagedTree) -> set[int]:
     return live
 
 
-def _commands_for(
-    inode: int, number: int, attributes: Attributes, scratch: Path
-) -> Iterator[str]:
+def _commands_for(inode: int, number: int, attributes: Attributes, scratch: Path) -> Iterator[str]:
     def put(name: str, value: str) -> str:
         return f"set_inode_field <{inode}> {name} {value}"
 
@@ -316,7 +312,7 @@ def _commands_for(
         old = major << 8 | minor if major < 256 and minor < 256 else 0
         new = 0 if old else (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
         yield put("flags", "0")
-        for index, value in enumerate((old, new, *(0,) * 13)):
+        for index, value in enumerate((old, new, *(0,) * 10)):
             yield put(f"block[{index}]", f"0x{value:x}")
     for index, (name, data) in enumerate(sorted(attributes.xattrs.items())):
         file = f"x{number}-{index}"  # debugfs runs in the scratch directory

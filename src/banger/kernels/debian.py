@@ -30,8 +30,9 @@ from banger.images.debian import mmdebstrap
 from banger.images.ext4 import SOURCE_DATE_EPOCH, build_ext4
 from banger.kernels import modules, vmlinux
 
-# Of an `extract` variant only this hook runs. The chroot is only unpacked, so that links such as /lib64 may be missing: the loader is
-# called by its own path. Kernel and depmod are of the same suite and agree on the place.
+# Of an `extract` variant only the extract hook runs, and links such as /lib64 may be missing
+# from what is only unpacked: the loader is called by its own path. Kernel and depmod are of
+# the same suite and agree on the place.
 _DEPMOD_HOOK = """\
 set -eu
 cd "$1"

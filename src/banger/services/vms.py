@@ -17,8 +17,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
-from banger.api.models import Pruned, Vm, VmConnection, VmCreate, VmSet, VmStats
+from banger.api.models import Endpoint, Pruned, Vm, VmConnection, VmCreate, VmSet, VmStats
 from banger.errors import (
     BangerError,
     Cancelled,
@@ -130,7 +131,7 @@ class VmService:
                 code="not_running",
             )
         endpoint = self._vmms[row.running_vmm].endpoint(self._layout.vm(row.id).runtime)
-        wire = endpoint_to_wire(endpoint)
+        wire = cast("Endpoint", endpoint_to_wire(endpoint))
         return {"vm": self._wire(row), "endpoint": wire}
 
     async def stats(self, name: str) -> VmStats:
@@ -303,9 +304,7 @@ class VmService:
                     hint=f"put it back, or `banger vm delete {row.name}`",
                 )
             choice = choose_vmm(row.vmm, self._kvm)
-            await asyncio.gather(
-                self._images.check(row.image), self._kernels.check(row.kernel)
-            )
+            await asyncio.gather(self._images.check(row.image), self._kernels.check(row.kernel))
             authorized_key = await self._identity.authorized_key()
             for attempt in range(1, _BOOT_TRIES + 1):
                 row = await self._rows.update(

@@ -1,27 +1,27 @@
 """Every file name on disk, in one place.
 
-    <data>/                               $XDG_DATA_HOME/banger, 0700
-      banger.db                           SQLite, WAL: VMs and their facts; written by bangerd only
-      images/<name>/                      whole or absent: written beside, fsynced, renamed
-      kernels/<name>/                     likewise
-      staging/<kind>-<name>-<token>/      an artifact in the making; its holder has a flock on it,
-                                          so a sweep removes only what a crash left
-      vms/<id>/                           one VM; made after its row says `creating`,
-                                          removed before the row goes
-        disk.ext4                         its own disk, sparse
-        ssh_host_ed25519_key{,.pub}       made by us before the first boot
-        console.log                       the guest's serial console, capped
-        vmm.log                           what the VMM said on stderr
-        initramfs.img                     only between start and the agent's first answer
-    <runtime>/                            short private directory (sun_path is 108 bytes)
-      bangerd.sock  bangerd.lock          the API; the flock of the one daemon
-      autostart.lock                      ten command lines start one daemon
-      vms/<id>/                           sockets of a running VM
-        qmp.sock  p00 p00.lock ...        VMM control; agent streams and their leases
-    <config>/config.toml
-    <config>/ssh/                         id_ed25519{,.pub}, known_hosts, config
-    <state>/bangerd.log                   JSON lines, rotated at 4 MiB, one old file kept
-    <cache>/                              all of it can be made again
+<data>/                               $XDG_DATA_HOME/banger, 0700
+  banger.db                           SQLite, WAL: VMs and their facts; written by bangerd only
+  images/<name>/                      whole or absent: written beside, fsynced, renamed
+  kernels/<name>/                     likewise
+  staging/<kind>-<name>-<token>/      an artifact in the making; its holder has a flock on it,
+                                      so a sweep removes only what a crash left
+  vms/<id>/                           one VM; made after its row says `creating`,
+                                      removed before the row goes
+    disk.ext4                         its own disk, sparse
+    ssh_host_ed25519_key{,.pub}       made by us before the first boot
+    console.log                       the guest's serial console, capped
+    vmm.log                           what the VMM said on stderr
+    initramfs.img                     only between start and the agent's first answer
+<runtime>/                            short private directory (sun_path is 108 bytes)
+  bangerd.sock  bangerd.lock          the API; the flock of the one daemon
+  autostart.lock                      ten command lines start one daemon
+  vms/<id>/                           sockets of a running VM
+    qmp.sock  p00 p00.lock ...        VMM control; agent streams and their leases
+<config>/config.toml
+<config>/ssh/                         id_ed25519{,.pub}, known_hosts, config
+<state>/bangerd.log                   JSON lines, rotated at 4 MiB, one old file kept
+<cache>/                              all of it can be made again
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def probe_kvm(device: str = "/dev/kvm", cpuinfo: str | None = None) -> KvmProbe:
     flags = _cpu_flags(Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo)
     if not flags & {"vmx", "svm"}:
         return KvmProbe(
-            False, f"the CPU shows no vmx or svm: {device} is paravirtual and cannot run our kernels"
+            False,
+            f"the CPU shows no vmx or svm: {device} is paravirtual and cannot run our kernels",
         )
     return KvmProbe(True, f"{device} is usable")
 
