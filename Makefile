@@ -1,17 +1,19 @@
 # One command each; scripts/ holds what is longer than a line.
 PREFIX ?=
+BANGER_SKIP_PACKAGES ?=
+export PREFIX BANGER_SKIP_PACKAGES
 PYTHON = .venv/bin/python
 
-.PHONY: help install uninstall agent venv fmt check test bench clean
+.PHONY: help install uninstall agent venv fmt check test bench lock clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: ## host packages, the agent, and banger itself (PREFIX=/usr/local as root, else ~/.local)
-	@PREFIX="$(PREFIX)" scripts/install.sh
+	@scripts/install.sh
 
 uninstall: ## remove what install put in place; VMs, images and config stay
-	@PREFIX="$(PREFIX)" scripts/uninstall.sh
+	@scripts/uninstall.sh
 
 agent: ## build the guest agent
 	@scripts/build-agent.sh
@@ -23,7 +25,7 @@ fmt: venv ## format the code
 	$(PYTHON) -m ruff format src tests benchmarks
 	$(PYTHON) -m ruff check --fix src tests benchmarks
 
-check: venv agent ## format, lint, types, layers, Go's checks, unit and contract tests
+check: venv agent ## format, lint, types, layers, shell, Go's checks, unit, contract and fuzz tests
 	@scripts/check.sh
 
 test: ## everything, on a machine that may have nothing yet
@@ -31,6 +33,9 @@ test: ## everything, on a machine that may have nothing yet
 
 bench: venv agent ## measure, and write docs/benchmarks.md
 	$(PYTHON) -m benchmarks.run
+
+lock: ## pin all dependencies anew into requirements/
+	@scripts/lock.sh
 
 clean: ## remove what was built here
 	rm -rf .build .venv dist test-results src/banger/guest/bin

@@ -38,6 +38,9 @@ func main() {
 			ports, _ = strconv.Atoi(os.Args[3])
 		}
 		system.DryRun = true
+		if os.Getenv("BANGER_AGENT_EXIT_ON_SHUTDOWN") != "" {
+			system.DryRunEnd = func() { os.Exit(0) }
+		}
 		if directory := os.Getenv("BANGER_AGENT_LOGS"); directory != "" {
 			exec.LogDirectory = directory
 		}

@@ -74,7 +74,7 @@ func (o *portOpener) scan() int {
 }
 
 // watch scans again for ports that appear late: often until some are there and no new one has come for half a
-// second, then once a second for half a minute. Each scan reads a file per port.
+// second, then every two seconds for ten. Each scan reads a file per port.
 func (o *portOpener) watch() {
 	last, quiet := o.scan(), 0
 	for i := 0; i < 1000 && (last == 0 || quiet < 10); i++ {
@@ -84,8 +84,8 @@ func (o *portOpener) watch() {
 			last, quiet = n, 0
 		}
 	}
-	for i := 0; i < 30; i++ {
-		time.Sleep(time.Second)
+	for i := 0; i < 5; i++ {
+		time.Sleep(2 * time.Second)
 		o.scan()
 	}
 }

@@ -1,20 +1,8 @@
 #!/usr/bin/env bash
-# What has to hold before a commit.
+# What has to hold before a commit: static checks first, then Go's, unit and contract tests.
 source "$(dirname "$0")/lib.sh"
 cd "$ROOT"
-bin=$ROOT/.venv/bin
 
-"$bin/ruff" format --check src tests benchmarks
-"$bin/ruff" check src tests benchmarks
-"$bin/mypy"
-"$bin/lint-imports"
-"$bin/codespell" src tests docs agent README.md CHANGELOG.md CONTRIBUTING.md
-go=$(find_go)
-(
-    cd agent
-    export CGO_ENABLED=0 GOPROXY=off GOTOOLCHAIN=local GOFLAGS=-mod=mod
-    test -z "$("$(dirname "$go")/gofmt" -l . 2>/dev/null || true)" || die "gofmt has something to say" "cd agent && gofmt -w ."
-    "$go" vet ./...
-    "$go" test ./...
-)
-"$bin/pytest" -q tests/unit tests/contract "$@"
+BANGER_GO=$(find_go)
+export BANGER_GO
+exec .venv/bin/python -m pytest -q -n 2 --dist loadgroup tests/static tests/unit tests/contract tests/fuzz "$@"

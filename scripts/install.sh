@@ -3,33 +3,35 @@
 source "$(dirname "$0")/lib.sh"
 cd "$ROOT"
 
-if [ -z "${PREFIX:-}" ]; then
-    if [ "$(id -u)" = 0 ]; then PREFIX=/usr/local; else PREFIX=$HOME/.local; fi
-fi
+PREFIX=${PREFIX:-$(default_prefix)}
 "$ROOT/scripts/packages.sh" run
 "$ROOT/scripts/build-agent.sh"
-uv=$(find_uv)
 
 tools=$PREFIX/lib/banger
-stamp=$tools/.installed
-wanted=$(find src pyproject.toml requirements.txt -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+python=$tools/venv/bin/python
+stamp=$tools/installed
+wanted=$(find src scripts/install.sh pyproject.toml requirements -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum | sha256sum)
 if [ -x "$PREFIX/bin/banger" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-    say "banger is installed already in $PREFIX/bin"
+    say "banger is up to date in $PREFIX/bin"
 else
-    say "installing banger to $PREFIX/bin"
+    uv=$(find_uv)
+    say "installing banger into $PREFIX"
     mkdir -p "$tools" "$PREFIX/bin"
-    "$uv" build --quiet --wheel --out-dir "$BUILD/dist" "$ROOT"
-    wheel=$(find "$BUILD/dist" -name 'banger-*.whl' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-)
-    "$uv" venv --quiet --clear --python "$(find_python)" "$tools/venv"
-    "$uv" pip install --quiet --python "$tools/venv/bin/python" --require-hashes -r requirements.txt
-    "$uv" pip install --quiet --python "$tools/venv/bin/python" --no-deps --reinstall "$wheel"
-    "$tools/venv/bin/python" -m compileall -q "$tools/venv/lib" || true
-    ln -sfn "$tools/venv/bin/banger" "$PREFIX/bin/banger"
-    ln -sfn "$tools/venv/bin/bangerd" "$PREFIX/bin/bangerd"
+    rm -rf .build/dist
+    "$uv" build --quiet --wheel --python "$(find_python)" --out-dir .build/dist \
+        --build-constraints requirements/build.txt --require-hashes .
+    # uv comes along: its uvx fetches npm packages for images where the host has no npm.
+    # Not `uv tool install`: that resolves anew, while these are the versions we tested, by hash.
+    "$python" -c '' 2>/dev/null || "$uv" venv --quiet --clear --python "$(find_python)" "$tools/venv"
+    "$uv" pip sync --quiet --python "$python" --compile-bytecode --require-hashes requirements/run.txt requirements/uv.txt
+    "$uv" pip install --quiet --python "$python" --compile-bytecode --no-deps .build/dist/banger-*.whl
+    ln -sfn "$tools/venv/bin/banger" "$tools/venv/bin/bangerd" "$PREFIX/bin/"
     printf '%s' "$wanted" >"$stamp"
 fi
-case ":$PATH:" in
-    *":$PREFIX/bin:"*) ;;
-    *) say "put it on your PATH: export PATH=$PREFIX/bin:\$PATH" ;;
+case :$PATH: in
+    *":$PREFIX/bin:"*) say "next: banger vm run --name sandbox" ;;
+    *)
+        say "$PREFIX/bin is not on your PATH; add it: export PATH=\"$PREFIX/bin:\$PATH\""
+        say "next: $PREFIX/bin/banger vm run --name sandbox"
+        ;;
 esac
-say "try: banger vm run --name sandbox"

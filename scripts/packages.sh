@@ -4,69 +4,93 @@ source "$(dirname "$0")/lib.sh"
 
 purpose=${1:-run}
 packages=(
-    qemu-system-x86 e2fsprogs mmdebstrap openssh-client git zstd kmod uidmap
-    ca-certificates debian-archive-keyring python3 python3-venv
+    qemu-system-x86          # the VMM
+    e2fsprogs                # mke2fs, e2fsck, resize2fs, debugfs: images without mounting
+    mmdebstrap               # builds images out of Debian's signed archive
+    debian-archive-keyring   # what that archive is verified with
+    openssh-client git ca-certificates
+    uidmap                   # newuidmap: mmdebstrap without root
+    python3 python3-venv
 )
-if [ "$purpose" = test ]; then
-    packages+=(busybox-static cpio libarchive-tools openssh-server)
-fi
+# busybox is the smallest guest the tests boot; cpio reads our initramfs back.
+[ "$purpose" = run ] || packages+=(busybox-static cpio)
 
+ID='' VERSION_ID='' PRETTY_NAME=''
 # shellcheck source=/dev/null
-. /etc/os-release
-case "${ID:-}:${VERSION_ID:-}" in
-    debian:12) release=bookworm packages+=(libarchive13) ;;
-    debian:13 | ubuntu:24.04) release=other ;;
+[ ! -r /etc/os-release ] || . /etc/os-release
+backports=
+case $ID:$VERSION_ID in
+    debian:12)
+        packages+=(libarchive13) # mke2fs loads it to read a tar
+        backports=bookworm-backports
+        ;;
+    debian:13) packages+=(libarchive13t64) ;;
+    ubuntu:24.04) ;; # its mke2fs reads no tar: banger stages instead
     *)
-        say "this is ${PRETTY_NAME:-an unknown distribution}; set-up knows Debian 12, 13 and Ubuntu 24.04"
-        say "install these yourself (names as in Debian), then run \`make install\` with BANGER_SKIP_PACKAGES=1:"
-        printf '  %s\n' "${packages[@]}" >&2
-        say "QEMU 7.2 or newer (10 or newer without KVM), e2fsprogs 1.47.1 or newer is faster"
-        [ -n "${BANGER_SKIP_PACKAGES:-}" ] || exit 1
-        exit 0
+        if [ -n "${BANGER_SKIP_PACKAGES:-}" ]; then exit 0; fi
+        say "this is ${PRETTY_NAME:-an unknown system}; set-up knows Debian 12, Debian 13 and Ubuntu 24.04"
+        say "install what these Debian packages hold:"
+        printf '    %s\n' "${packages[@]}" >&2
+        say "QEMU 10 or newer (7.2 will do with KVM); e2fsprogs 1.47.1 or newer with libarchive builds images faster"
+        say "then run: make install BANGER_SKIP_PACKAGES=1"
+        exit 1
         ;;
 esac
-[ -z "${BANGER_SKIP_PACKAGES:-}" ] || exit 0
+if [ -n "${BANGER_SKIP_PACKAGES:-}" ]; then exit 0; fi
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
-version_at_least() { dpkg --compare-versions "$(dpkg-query -W -f '${Version}' "$1" 2>/dev/null)" ge "$2"; }
+version_at_least() { installed "$1" && dpkg --compare-versions "$(dpkg-query -W -f '${Version}' "$1")" ge "$2"; }
 
-missing=()
-for package in "${packages[@]}"; do
-    installed "$package" || missing+=("$package")
-done
+# Bookworm's QEMU 7.2 corrupts kernel 6.12 under emulation, and its mke2fs reads no tar.
 newer=()
-if [ "$release" = bookworm ]; then
-    # Bookworm's QEMU 7.2 corrupts kernel 6.12 under emulation, its mke2fs reads no tar.
+if [ -n "$backports" ]; then
     version_at_least qemu-system-x86 1:10 || newer+=(qemu-system-x86)
     version_at_least e2fsprogs 1.47.1 || newer+=(e2fsprogs)
 fi
-[ ${#missing[@]} -gt 0 ] || [ ${#newer[@]} -gt 0 ] || exit 0
+missing=()
+for package in "${packages[@]}"; do
+    installed "$package" || [[ " ${newer[*]:-} " == *" $package "* ]] || missing+=("$package")
+done
+if [ ${#missing[@]} -eq 0 ] && [ ${#newer[@]} -eq 0 ]; then exit 0; fi
 
 as_root=()
 if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || die "root is needed to install: ${missing[*]} ${newer[*]}" "run as root, or install sudo"
+    command -v sudo >/dev/null ||
+        die "root is needed to install ${newer[*]:-} ${missing[*]:-}" "run it as root, or install sudo"
     as_root=(sudo)
 fi
-apt() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$@"; }
+apt() {
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=a \
+        apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" </dev/null
+}
 
-if [ ${#newer[@]} -gt 0 ] && ! apt-cache policy | grep -q 'a=stable-backports\|n=bookworm-backports'; then
-    # The mirror and the key are those the host already takes bookworm from.
-    uri=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Codename: bookworm' 2>/dev/null | head -n 1)
-    [ -n "$uri" ] || uri=$(grep -rhoE '^(URIs: *|deb (\[[^]]*\] )?)[a-z+]+://[^ ]+' /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null |
-        grep -oE '[a-z+]+://[^ ]+' | grep -v security | head -n 1)
-    [ -n "$uri" ] || die "no apt source of bookworm was found" "add bookworm-backports to apt's sources yourself"
-    say "adding bookworm-backports to apt's sources"
-    printf 'Types: deb\nURIs: %s\nSuites: bookworm-backports\nComponents: main\nSigned-By: %s\n' \
-        "$uri" /usr/share/keyrings/debian-archive-keyring.gpg |
-        "${as_root[@]}" tee /etc/apt/sources.list.d/banger-backports.sources >/dev/null
-fi
-say "installing ${missing[*]} ${newer[*]}"
+# Prints "URI keyring" of the apt source this host takes `suite` from, once apt has read its sources.
+apt_source_of() {
+    local entry file uri key
+    # shellcheck disable=SC2016 # the names in $() are apt's own
+    entry=$(apt-get indextargets --format '$(RELEASE) $(REPO_URI) $(SOURCESENTRY)' 'Created-By: Packages' |
+        awk -v suite="$1" '$1 == suite && !seen { print; seen = 1 }')
+    [ -n "$entry" ] || return 1
+    read -r _ uri file <<<"$entry"
+    file=${file%:*}
+    key=$(grep -sohE '(^Signed-By: *|signed-by=)[^] ]+' "$file" | sed -E 's/^[^:=]*[:=] *//' | sort -u) || true
+    # No key in the entry means apt's own trusted keys; two keys in one file are not told apart.
+    case $key in /*) [[ $key != *$'\n'* ]] || key= ;; *) key= ;; esac
+    printf '%s %s\n' "$uri" "$key"
+}
+
+wanted=("${newer[@]}" "${missing[@]}")
+say "installing ${wanted[*]}"
 apt update
-if [ ${#newer[@]} -gt 0 ]; then
-    apt install -y --no-install-recommends -t bookworm-backports "${newer[@]}"
+if [ ${#newer[@]} -gt 0 ] && ! apt_source_of "$backports" >/dev/null; then
+    found=$(apt_source_of "$VERSION_CODENAME") ||
+        die "no apt source of $VERSION_CODENAME was found" "add $backports to apt's sources and run this again"
+    read -r uri key <<<"$found"
+    [ -n "$key" ] || key=/usr/share/keyrings/debian-archive-keyring.gpg
+    say "adding $backports to apt's sources"
+    printf '%s\n' "Types: deb" "URIs: $uri" "Suites: $backports" "Components: main" "Signed-By: $key" |
+        "${as_root[@]}" tee /etc/apt/sources.list.d/banger-backports.sources >/dev/null
+    apt update
 fi
-still=()
-for package in "${missing[@]}"; do
-    installed "$package" || still+=("$package")
-done
-[ ${#still[@]} -eq 0 ] || apt install -y --no-install-recommends "${still[@]}"
+[ ${#newer[@]} -eq 0 ] || apt install -y --no-install-recommends -t "$backports" "${newer[@]}" >/dev/null
+[ ${#missing[@]} -eq 0 ] || apt install -y --no-install-recommends "${missing[@]}" >/dev/null

@@ -3,17 +3,18 @@
 source "$(dirname "$0")/lib.sh"
 cd "$ROOT"
 
-"$ROOT/scripts/packages.sh" test
-# What is expensive to make is kept between runs, keyed by what makes it.
+# What is expensive to make is kept between runs, under a key of what makes it.
 export BANGER_CI_CACHE=${BANGER_CI_CACHE:-$HOME/.cache/banger-ci}
+export BANGER_TOOLS=${BANGER_TOOLS:-$BANGER_CI_CACHE/tools}
 export GOCACHE=${GOCACHE:-$BANGER_CI_CACHE/go-build}
+[ -z "${CI:-}" ] || export UV_CACHE_DIR=${UV_CACHE_DIR:-$BANGER_CI_CACHE/uv}
+TOOLS=$BANGER_TOOLS
 mkdir -p "$BANGER_CI_CACHE"
+
+"$ROOT/scripts/packages.sh" test
 "$ROOT/scripts/build-agent.sh"
 "$ROOT/scripts/venv.sh"
-(
-    go=$(find_go)
-    cd agent
-    CGO_ENABLED=0 GOPROXY=off GOTOOLCHAIN=local GOFLAGS=-mod=mod "$go" test ./...
-)
-# Its last line is pytest's own summary; its status is ours.
-exec .venv/bin/pytest "$@"
+BANGER_GO=$(find_go)
+export BANGER_GO
+# The last line is pytest's own summary, and its status is ours.
+exec .venv/bin/python -m pytest "$@"

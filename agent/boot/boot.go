@@ -240,10 +240,16 @@ func mountDisks(config *Config) error {
 		if err != nil {
 			return err
 		}
-		if err := syscall.Mount(device, target, "ext4", flags, ""); err != nil {
-			return fmt.Errorf("%s (%s) on %s: %w", device, spec, target, err)
+		for deadline := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
+			err := syscall.Mount(device, target, "ext4", flags, "")
+			if err == nil {
+				return nil
+			}
+			// A disk has its node a moment before it can be opened.
+			if err != syscall.ENXIO && err != syscall.ENODEV && err != syscall.ENOENT || time.Now().After(deadline) {
+				return fmt.Errorf("%s (%s) on %s: %w", device, spec, target, err)
+			}
 		}
-		return nil
 	}
 	// Side by side: an emulated disk takes its time over each.
 	results := make(chan error, 3)
@@ -270,6 +276,9 @@ func mountOverlay() error {
 		if err := os.Mkdir(name, 0o755); err != nil && !os.IsExist(err) {
 			return err
 		}
+	}
+	if err := growOwn("/own"); err != nil {
+		Log("boot: the disk was not grown: %v", err) // it works on as it is
 	}
 	if err := os.MkdirAll(newRoot, 0o755); err != nil {
 		return err

@@ -29,12 +29,14 @@ type Drives struct {
 
 // File is written inside the new root in place of what is there.
 type File struct {
-	Path         string `json:"path"`
-	Mode         uint32 `json:"mode"`
-	UID          int    `json:"uid"`
-	GID          int    `json:"gid"`
-	Content      []byte `json:"content_b64"`
-	SkipIfExists bool   `json:"skip_if_exists"`
+	Path    string `json:"path"`
+	Mode    uint32 `json:"mode"`
+	UID     int    `json:"uid"`
+	GID     int    `json:"gid"`
+	Content []byte `json:"content_b64"`
+	// KeepLines adds the lines of Content that a file there lacks, and leaves the others alone: what a user
+	// wrote into /etc/hosts or authorized_keys outlives a restart.
+	KeepLines bool `json:"keep_lines"`
 }
 
 // Directory is made inside the new root, or given this mode and owner.

@@ -2,6 +2,7 @@ package boot
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"strings"
@@ -71,11 +72,9 @@ func (r *root) writeFile(file *File) error {
 	}
 	defer syscall.Close(parent)
 	name := path.Base(file.Path)
-	if file.SkipIfExists {
-		var st syscall.Stat_t
-		if sys.Fstatat(parent, name, &st, sys.AtSymlinkNofollow) == nil {
-			return nil
-		}
+	content := file.Content
+	if file.KeepLines {
+		content = withLines(readSmall(parent, name), content)
 	}
 	if err := sys.Unlinkat(parent, name, 0); err != nil && err != syscall.ENOENT {
 		return &os.PathError{Op: "unlink", Path: file.Path, Err: err}
@@ -86,13 +85,50 @@ func (r *root) writeFile(file *File) error {
 	}
 	out := os.NewFile(uintptr(fd), file.Path)
 	defer out.Close()
-	if _, err := out.Write(file.Content); err != nil {
+	if _, err := out.Write(content); err != nil {
 		return err
 	}
 	if err := out.Chown(file.UID, file.GID); err != nil {
 		return err
 	}
 	return syscall.Fchmod(fd, file.Mode&0o7777)
+}
+
+// readSmall returns a regular file's content; nothing for any other, or one of more than 1 MiB.
+func readSmall(parent int, name string) []byte {
+	const limit = 1 << 20
+	fd, err := sys.Openat(parent, name, syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	in := os.NewFile(uintptr(fd), name)
+	defer in.Close()
+	info, err := in.Stat()
+	if err != nil || !info.Mode().IsRegular() || info.Size() > limit {
+		return nil
+	}
+	content, err := io.ReadAll(io.LimitReader(in, limit))
+	if err != nil {
+		return nil
+	}
+	return content
+}
+
+// withLines returns found with the lines of wanted that it lacks behind it.
+func withLines(found, wanted []byte) []byte {
+	if len(found) > 0 && found[len(found)-1] != '\n' {
+		found = append(found, '\n')
+	}
+	have := map[string]bool{}
+	for _, line := range strings.Split(string(found), "\n") {
+		have[line] = true
+	}
+	for _, line := range strings.Split(strings.TrimRight(string(wanted), "\n"), "\n") {
+		if !have[line] {
+			found = append(found, line+"\n"...)
+		}
+	}
+	return found
 }
 
 func (r *root) makeDirectory(d *Directory) error {

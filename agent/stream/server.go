@@ -143,6 +143,7 @@ func (srv *Server) ServePort(link Link, port *Port) error {
 			return err
 		default:
 			// A failed write: the reader has yet to see that hang-up. The pause bounds what cannot be.
+			srv.Log("port %s: %v", port.name, err)
 			time.Sleep(time.Millisecond)
 		}
 	}

@@ -155,6 +155,12 @@ func Ioctl(fd int, request, argument uintptr) error {
 	return orNil(errno)
 }
 
+// IoctlUint64 is an ioctl whose argument points to a u64.
+func IoctlUint64(fd int, request uintptr, value *uint64) error {
+	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), request, uintptr(unsafe.Pointer(value)))
+	return orNil(errno)
+}
+
 type pollFd struct {
 	fd      int32
 	events  int16

@@ -19,8 +19,9 @@ import (
 var (
 	OwnDisk = "/"
 	OwnInit bool
-	// DryRun keeps a test's shutdown from ending the host.
-	DryRun bool
+	// DryRun keeps a test's shutdown from ending the host; DryRunEnd, if any, stands in for it.
+	DryRun    bool
+	DryRunEnd func()
 )
 
 // Uptime returns seconds since boot.
@@ -144,13 +145,15 @@ func Shutdown(s *stream.Stream, raw []byte) error {
 	if err := s.Finish(nil); err != nil {
 		return err
 	}
-	if DryRun {
-		return nil
-	}
 	go func() {
 		// The answer, and the BYE after it, go out first; neither is waited for.
 		time.Sleep(20 * time.Millisecond)
-		end(request.Mode == "reboot", request.Force)
+		switch {
+		case !DryRun:
+			end(request.Mode == "reboot", request.Force)
+		case DryRunEnd != nil:
+			DryRunEnd()
+		}
 	}()
 	return nil
 }
@@ -196,12 +199,16 @@ func end(reboot, force bool) {
 // askInit sends PID 1 a signal once it takes it: the kernel drops a signal for which a PID 1 that has just
 // been exec'ed has no handler yet. The second one is for an init that was busy replacing itself.
 func askInit(number syscall.Signal) {
-	for try := 0; try < 2; try++ {
-		for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline) && !takes(number); {
+	wait := 30 * time.Second
+	if number == syscall.SIGTERM || number == syscall.SIGUSR2 {
+		wait = 0 // busybox sits in sigtimedwait(2), which shows in no mask
+	}
+	for try := 0; try < 10; try++ {
+		for deadline := time.Now().Add(wait); time.Now().Before(deadline) && !takes(number); {
 			time.Sleep(20 * time.Millisecond)
 		}
 		_ = syscall.Kill(1, number)
-		time.Sleep(15 * time.Second)
+		time.Sleep(3 * time.Second)
 	}
 }
 

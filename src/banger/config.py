@@ -74,7 +74,7 @@ def parse_config(text: bytes, path: str) -> Config:
     """Return the configuration of a file's text; see `load_config` for what it raises."""
     try:
         raw = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
         raise InvalidInput(f"{path} is not TOML: {error}", hint="see docs/config.md") from error
     _check_keys(raw, Config, path, "")
     if isinstance(raw.get("vm"), dict):

@@ -13,7 +13,7 @@ from banger.errors import InvalidInput
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _NAME_LIMIT = 63  # a DNS label, RFC 1035 section 2.3.4
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -124,7 +124,7 @@ def parse_size(text: str) -> int:
 def format_size(size_bytes: int) -> str:
     """Return a size for people: `512 MiB`, `1.5 GiB`."""
     value, unit = float(size_bytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007 - the last unit is used below
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
             break
         value /= 1024

@@ -42,10 +42,15 @@ def tiny_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_image(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def kernel() -> Path:
+    """The kernel of the catalog."""
+    return need_kernel()
+
+
 @pytest.fixture
-async def spec(tiny_image: Path, tmp_path: Path) -> AsyncIterator[VmSpec]:
+async def spec(kernel: Path, tiny_image: Path, tmp_path: Path) -> AsyncIterator[VmSpec]:
     """A machine ready to be started."""
-    kernel = need_kernel()
     with tempfile.TemporaryDirectory(prefix="bng-") as runtime:
         commands = HostCommands()
         own = tmp_path / "own.ext4"

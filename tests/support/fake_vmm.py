@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 from banger.errors import VmmFailed
 from banger.guest.boot import agent_binary
@@ -28,8 +29,8 @@ class FakeVmm:
     name = "fake"
     capabilities = VmmCapabilities(snapshots=False, accelerators=("tcg",))
 
-    def __init__(self) -> None:
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
+    # Shared by all, as the kernel's own table is: a restarted daemon finds its children here.
+    _children: ClassVar[dict[int, subprocess.Popen[bytes]]] = {}
 
     def endpoint(self, runtime: Path) -> Endpoint:
         """Return its sockets."""
@@ -43,12 +44,13 @@ class FakeVmm:
         spec.console_log.write_text("fake console\n")
         with open(spec.vmm_log, "ab") as log:
             child = subprocess.Popen(
-                [
-                    str(agent_binary()), "serve-unix", str(spec.runtime), str(_PORTS),
-                    f"{PROCESS_MARK}{spec.id}",
-                ],
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                [f"{PROCESS_MARK}{spec.id}", "serve-unix", str(spec.runtime), str(_PORTS)],
+                executable=agent_binary(),
+                env={**os.environ, "BANGER_AGENT_EXIT_ON_SHUTDOWN": "1"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self._children[child.pid] = child
         while not (spec.runtime / f"p{_PORTS - 1:02d}").exists():
             if child.poll() is not None:

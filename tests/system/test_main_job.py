@@ -245,8 +245,11 @@ def test_stop_and_start_keep_the_disk(vm: Sandbox) -> None:
 
 def test_a_guest_that_powers_off_is_seen_as_stopped(vm: Sandbox) -> None:
     vm.ok("vm", "start", VM)
-    _exec(vm, "systemctl", "reboot")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
+    # The agent answers before the guest's init is up, so the first tries may be too early.
+    while _exec(vm, "systemctl", "reboot").returncode != 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
     while vm.json("vm", "show", VM)["state"] != "stopped":
         assert time.monotonic() < deadline
         time.sleep(0.5)

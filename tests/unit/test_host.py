@@ -69,12 +69,11 @@ def test_last_lines_hold_no_control_characters(tmp_path: Path) -> None:
 
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    holder = subprocess.Popen(
-        [sys.executable, "-c",
-         "import sys,time; from pathlib import Path; from banger.host.locks import try_lock;"
-         f"try_lock(Path({str(path)!r})); print('held', flush=True); time.sleep(60)"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
+    script = (
+        "import time; from pathlib import Path; from banger.host.locks import try_lock;"
+        f"try_lock(Path({str(path)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     assert try_lock(path) is None
     holder.kill()

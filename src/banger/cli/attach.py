@@ -42,15 +42,21 @@ def run_exec(
     """Run a process in the guest, joined to these descriptors, and return how it ended.
 
     `stdin_fd` None gives it no input. With `request.tty` and a terminal on `stdin_fd` the terminal
-    is raw for as long. Without a tty SIGINT, SIGTERM, SIGHUP and SIGQUIT go to the process; the third
-    SIGINT hangs up. When nobody reads our stdout any more the process is hung up on and the status
-    is SIGPIPE's. Signals are handled only when called in the main thread.
+    is raw for as long. Without a tty SIGINT, SIGTERM, SIGHUP and SIGQUIT go to the process; the
+    third SIGINT hangs up. When nobody reads our stdout any more the process is hung up on and the
+    status is SIGPIPE's. Signals are handled only when called in the main thread.
     """
     if stdin_fd is None:
         request = request._replace(stdin="null")
     with open_stream(endpoint, timeout_s=OPEN_TIMEOUT_S) as stream:
         stream.send_request("exec", exec_fields(request))
-        pump = _Pump(stream, request, stdin_fd, stdout_fd, stderr_fd, on_started)
+        pump = _Pump(
+            stream,
+            request,
+            stdin_fd=stdin_fd,
+            outputs=(stdout_fd, stderr_fd),
+            on_started=on_started,
+        )
         with _Terminal(stdin_fd if request.tty is not None else None), _Signals(pump):
             return pump.run()
 
@@ -82,17 +88,17 @@ class _Pump:
         self,
         stream: Stream,
         request: ExecRequest,
+        *,
         stdin_fd: int | None,
-        stdout_fd: int,
-        stderr_fd: int,
+        outputs: tuple[int, int],
         on_started: Callable[[], object] | None,
     ) -> None:
         self.stream = stream
         self.tty = request.tty is not None
         self.stdin_fd = stdin_fd
         self.outputs = {
-            frames.STDOUT: _Output(stdout_fd),
-            frames.STDERR: _Output(stderr_fd),
+            frames.STDOUT: _Output(outputs[0]),
+            frames.STDERR: _Output(outputs[1]),
         }
         self.on_started = on_started
         self.credit = frames.STDIN_WINDOW

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -31,30 +30,7 @@ def build_doctor(parser: Parser) -> None:
 
 def run_doctor(context: Context, args: argparse.Namespace) -> int:
     """Check, mend when asked, and check again."""
-    from banger import config
-    from banger.host.commands import HostCommands
-    from banger.services import doctor
-
-    commands = HostCommands()
-    settings = config.load_config(context.paths.config_dir)
-
-    def check() -> list[Check]:
-        found: list[Check] = _finished(doctor.run_checks(commands, context.paths, settings))
-        return found
-
-    checks = check()
-    if args.fix:
-        mended = 0
-        for found in checks:
-            if found.status == "ok":
-                continue
-            try:
-                _finished(doctor.fix(found))
-                mended += 1
-            except BangerError as error:
-                output.write_error(error, found.name)
-        if mended:
-            checks = check()
+    checks = asyncio.run(_examine(context, mend=args.fix))
     failed = any(found.status == "fail" for found in checks)
     if context.json:
         output.write_json({"ok": not failed, "checks": [_as_dict(found) for found in checks]})
@@ -64,15 +40,39 @@ def run_doctor(context: Context, args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _finished(value: Any) -> Any:
-    return asyncio.run(value) if inspect.iscoroutine(value) else value
+async def _examine(context: Context, *, mend: bool) -> list[Check]:
+    from banger import config
+    from banger.host.commands import HostCommands
+    from banger.services import doctor
+
+    commands = HostCommands()
+    try:
+        settings = config.load_config(context.paths.config_dir)
+    except BangerError:
+        settings = config.Config()  # its own check says what is wrong with the file
+    checks = await doctor.run_checks(commands, context.paths, settings)
+    if not mend:
+        return checks
+    mended = False
+    for found in checks:
+        if found.status == "ok" or not found.fixable:
+            continue
+        output.notice(f"{found.name}: {found.fix}")
+        try:
+            mended = await doctor.fix(found, commands) or mended
+        except BangerError as error:
+            output.write_error(error, found.name)
+    return await doctor.run_checks(commands, context.paths, settings) if mended else checks
 
 
 def _as_dict(check: Check) -> dict[str, Any]:
-    from banger.cli.config import _as_dict as plain
-
-    found: dict[str, Any] = plain(check)
-    return found
+    return {
+        "name": check.name,
+        "status": check.status,
+        "message": check.message,
+        "fix": check.fix,
+        "fixable": check.fixable,
+    }
 
 
 def _show(check: Check) -> None:

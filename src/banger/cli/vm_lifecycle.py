@@ -86,7 +86,6 @@ def run_create(context: Context, args: argparse.Namespace) -> int:
     request = creation_request(args)
     request["start"] = not args.no_start
     with Progress(quiet=args.quiet, json_lines=False) as progress:
-        progress.stage("create the VM")
         vm = follow(context.client, context.client.create_vm(request), progress)
     if context.json:
         output.write_json(vm)

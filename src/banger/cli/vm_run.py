@@ -166,7 +166,6 @@ def _creation(args: argparse.Namespace) -> VmCreate:
 
 
 def _create(context: Context, request: VmCreate, progress: Progress) -> Vm:
-    progress.stage("create the VM")
     try:
         vm: Vm = follow(context.client, context.client.create_vm(request), progress)
     except Conflict as error:
@@ -214,9 +213,10 @@ def _tell_emulation(context: Context, vm: Vm, args: argparse.Namespace) -> None:
     if vm["accel"] != "tcg" or args.quiet or os.path.exists(marker):
         return
     reason = f": {vm['accel_reason']}" if vm["accel_reason"] else ""
-    output.notice(
+    _say(
+        args,
         f"no usable KVM here, so VMs are emulated (tcg) and several times slower{reason}. "
-        "This is said once; `banger doctor` tells more"
+        "This is said once; `banger doctor` tells more",
     )
     with contextlib.suppress(OSError):
         os.makedirs(context.paths.state_dir, mode=0o700, exist_ok=True)
@@ -311,8 +311,8 @@ def _shell(
     name = connection["vm"]["name"]
     argv = prepare(context, connection, progress)
     progress.close()
-    if output.is_terminal(sys.stdin):
-        argv.insert(1, "-t")
+    # Said outright: ssh would complain about a missing terminal, and needs telling with a command.
+    argv.insert(1, "-t" if output.is_terminal(sys.stdin) else "-T")
     if directory is not None:
         import shlex
 

@@ -62,8 +62,10 @@ def run_ssh(context: Context, args: argparse.Namespace) -> int:
         argv[1:1] = ["-o", option]
     for forward in args.local:
         argv[1:1] = ["-L", forward]
-    if args.tty or (args.command is None and sys.stdin.isatty()):
+    if args.tty:
         argv.insert(1, "-t")
+    elif args.command is None:
+        argv.insert(1, "-t" if sys.stdin.isatty() else "-T")
     if args.command is not None:
         words = args.command
         argv += ["--", words[0] if len(words) == 1 else shlex.join(words)]

@@ -98,12 +98,12 @@ def _error(error: BangerError, status: int) -> Response:
 
 
 async def _banger_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, BangerError)  # noqa: S101 - starlette's signature is wider
+    assert isinstance(error, BangerError)
     return _error(error, error.http_status)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - starlette's signature is wider
+    assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _error(BangerError(message, code="no_route"), error.status_code)
 

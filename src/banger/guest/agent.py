@@ -11,7 +11,7 @@ import select
 import time
 from binascii import b2a_base64
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from banger.errors import (
     BangerError,
@@ -184,7 +184,7 @@ def capture_exec(
     endpoint: Endpoint,
     argv: list[bytes],
     *,
-    input: bytes = b"",
+    input: bytes = b"",  # noqa: A002 - the name that subprocess gave it
     timeout_s: float,
     limit_bytes: int = 64 << 20,
 ) -> tuple[ExitStatus, bytes, bytes]:
@@ -332,7 +332,7 @@ class ForwardStream:
         self._eof = False
         self._over = False
 
-    def __enter__(self) -> ForwardStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -203,11 +203,16 @@ def boot_config(
     """
     files = [
         _file("/etc/hostname", f"{hostname}\n"),
-        _file("/etc/hosts", hosts_file(hostname)),
+        _file("/etc/hosts", hosts_file(hostname), keep_lines=True),
         _file("/etc/machine-id", f"{machine_id}\n", mode=0o444),
         # Without a network the image's own stays.
         *([_file("/etc/resolv.conf", resolv_conf(network.dns))] if network else []),
-        _file("/root/.ssh/authorized_keys", f"{authorized_key.strip()}\n", mode=0o600),
+        _file(
+            "/root/.ssh/authorized_keys",
+            f"{authorized_key.strip()}\n",
+            mode=0o600,
+            keep_lines=True,
+        ),
         *(
             _file(f"/etc/ssh/{name}", content, mode=0o644 if name.endswith(".pub") else 0o600)
             for name, content in sorted(host_keys.items())
@@ -259,7 +264,10 @@ def resolv_conf(dns: Sequence[str]) -> str:
     return "search .\n" + "".join(f"nameserver {server}\n" for server in dns)
 
 
-def _file(path: str, content: str | bytes, *, mode: int = 0o644) -> dict[str, Any]:
+def _file(
+    path: str, content: str | bytes, *, mode: int = 0o644, keep_lines: bool = False
+) -> dict[str, Any]:
+    """Return a file to write; `keep_lines` only adds what a file there lacks."""
     data = content.encode() if isinstance(content, str) else content
     return {
         "path": path,
@@ -267,5 +275,5 @@ def _file(path: str, content: str | bytes, *, mode: int = 0o644) -> dict[str, An
         "uid": 0,
         "gid": 0,
         "content_b64": base64.b64encode(data).decode(),
-        "skip_if_exists": False,
+        "keep_lines": keep_lines,
     }

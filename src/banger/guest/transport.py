@@ -15,7 +15,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from banger.errors import BangerError, Cancelled, TimedOut, Unavailable
 from banger.guest import frames
@@ -150,7 +150,7 @@ class Stream:
         self.hello = hello
         self.finished = False
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -382,7 +382,7 @@ def _open_port(endpoint: VirtioSerial, deadline: float) -> Stream:
             if lease is not None:
                 stream = _hello_on(endpoint, lease, deadline)
                 if stream is not None:
-                    return _reclaim(endpoint, stream, dirty, deadline)
+                    return _reclaim(stream, dirty, deadline)
                 refused.add(lease.number)
             elif dirty:
                 stream = _hello_on_dirty(endpoint, dirty, deadline)
@@ -468,7 +468,7 @@ def _hello_on_dirty(endpoint: VirtioSerial, dirty: list[Lease], deadline: float)
     return None
 
 
-def _reclaim(endpoint: VirtioSerial, stream: Stream, dirty: list[Lease], deadline: float) -> Stream:
+def _reclaim(stream: Stream, dirty: list[Lease], deadline: float) -> Stream:
     """Mark those dirty ports clean of which the agent says that it waits for HELLO."""
     if not dirty:
         return stream
@@ -536,7 +536,7 @@ def wait_for_hello(
                 sock = connect_unix(endpoint.path)
             if sock is not None:
                 # Bounded, though the bytes are held: a guest that resets its device may lose them.
-                hello, rest = say_hello(sock, timeout_s=min(left, 10.0), cancelled=cancelled)
+                hello, rest = say_hello(sock, timeout_s=min(left, 5.0), cancelled=cancelled)
                 return Stream(sock, lease, hello, rest)
         except Cancelled:
             _drop(sock, lease)

@@ -14,6 +14,7 @@ import ctypes
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -46,7 +47,9 @@ class HostCommands:
         base = dict(os.environ if environment is None else environment)
         # /usr/sbin holds mke2fs and friends and is not on every user's PATH.
         path = base.get("PATH", "/usr/local/bin:/usr/bin:/bin")
-        for extra in ("/usr/local/sbin", "/usr/sbin", "/sbin"):
+        # What `make install` put beside our interpreter (uvx) is on nobody's PATH.
+        own = os.path.dirname(sys.executable)
+        for extra in ("/usr/local/sbin", "/usr/sbin", "/sbin", own):
             if extra not in path.split(":"):
                 path = f"{path}:{extra}"
         self.environment = {**base, "PATH": path, "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
@@ -126,14 +129,20 @@ def failed(completed: Completed) -> CommandFailed:
 
 
 async def kill_group(process: asyncio.subprocess.Process) -> None:
-    """End a process group: SIGTERM, five seconds, SIGKILL; returns when the leader is reaped."""
+    """End a process group: SIGTERM, five seconds, SIGKILL; returns when the leader is reaped.
+
+    The last SIGKILL is for children that outlived their leader: the group keeps its number as
+    long as one of them lives.
+    """
     for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await asyncio.shield(process.wait())
-                return
+                break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _feed_and_collect(process: asyncio.subprocess.Process, data: bytes | None) -> bytes:

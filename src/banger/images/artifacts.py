@@ -20,9 +20,11 @@ import contextlib
 import datetime
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -41,9 +43,13 @@ from banger.host.files import (
 )
 from banger.host.locks import locked, try_lock
 
+_LOG = logging.getLogger(__name__)
+
 Kind = Literal["image", "kernel"]
 MANIFEST = "manifest.json"
+MOUNT_TABLE = "/proc/self/mountinfo"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_REMOVE_ATTEMPTS = 20  # two seconds: what a killed dpkg needs to be gone on a busy host
 _HASH_CHUNK_BYTES = 1024 * 1024
 
 
@@ -106,12 +112,38 @@ async def staging(data_dir: Path, kind: Kind, name: str) -> AsyncIterator[Path]:
             yield directory
         finally:
             # Not to_thread: a cancelled task must not leave before its files are gone.
-            remove_tree(directory)
+            _remove_unmounted(directory)
             lock_path.unlink(missing_ok=True)
 
 
+def _remove_unmounted(directory: Path) -> None:
+    """Remove a tree; raise Conflict, and remove nothing, when a mount lies below it.
+
+    No maker mounts anything in our namespace. Were one to, removing the tree would remove
+    what is mounted.
+    """
+    below = f"{os.path.realpath(directory)}/"
+    with open(MOUNT_TABLE, encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            mount_point = line.split()[4].encode("latin-1", "replace").decode("unicode_escape")
+            if mount_point.startswith(below):
+                raise Conflict(
+                    f"{mount_point} is mounted below {directory}, which is to be removed",
+                    hint=f"umount {mount_point}",
+                )
+    for attempt in range(_REMOVE_ATTEMPTS):
+        try:
+            remove_tree(directory)
+            return
+        except OSError:
+            # A killed child of a child may still write for a moment after its parent is gone.
+            if attempt == _REMOVE_ATTEMPTS - 1:
+                raise
+            time.sleep(0.1)
+
+
 def sweep_staging(data_dir: Path) -> list[str]:
-    """Remove what dead makers left in staging and return the names removed."""
+    """Remove what dead makers left in staging and return the names removed; never raise for one."""
     base = data_dir / "staging"
     swept = []
     for entry in sorted(base.iterdir()) if base.is_dir() else []:
@@ -122,9 +154,11 @@ def sweep_staging(data_dir: Path) -> list[str]:
         if fd is None:
             continue
         try:
-            remove_tree(entry)
+            _remove_unmounted(entry)
             lock_path.unlink(missing_ok=True)
             swept.append(entry.name)
+        except (OSError, Conflict) as error:
+            _LOG.warning("staging: %s is left where it is: %s", entry.name, error)
         finally:
             os.close(fd)
     for entry in base.glob("*.lock") if base.is_dir() else []:

@@ -68,6 +68,10 @@ async def mmdebstrap(
         )
     as_root = os.getuid() == 0
     argv = [
+        # As root mmdebstrap mounts /proc, /sys and the host's /dev/shm in its chroot, in the
+        # caller's namespace: killed at a bad moment it would leave them there, and whoever
+        # sweeps the chroot would sweep the host. In a namespace of its own they die with it.
+        *(["unshare", "--mount", "--propagation", "private", "--"] if as_root else []),
         "mmdebstrap",
         f"--mode={'root' if as_root else 'unshare'}",
         "--format=tar",
@@ -185,7 +189,7 @@ async def write_debian_tar(
     extras: dict[str, str] = {}
     arguments = [
         f"--variant={entry.variant}",
-        f"--include={','.join(entry.packages)}",
+        *([f"--include={','.join(entry.packages)}"] if entry.packages else []),
         "--dpkgopt=force-unsafe-io",
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in entry.exclude),
         *(f"--dpkgopt=path-include={pattern}" for pattern in entry.keep),
@@ -237,7 +241,7 @@ def finishing_script(entry: DebianImage) -> str:
         "rm -f /etc/ssh/ssh_host_*",
         ": > /etc/machine-id",
         "rm -f /var/lib/dbus/machine-id /var/lib/systemd/random-seed",
-        "usermod -p '*' root 2>/dev/null || passwd -l root >/dev/null",
+        "if [ -e /etc/shadow ]; then sed -i 's/^root:[^:]*:/root:*:/' /etc/shadow; fi",
         "rm -f /etc/resolv.conf && : > /etc/resolv.conf",
         "echo localhost > /etc/hostname",
     ]
@@ -255,6 +259,7 @@ def finishing_script(entry: DebianImage) -> str:
         ]
     if entry.disable:
         lines.append(f"systemctl disable {shlex.join(entry.disable)} 2>/dev/null || true")
+    lines.append("mkdir -p /etc/systemd/system")
     lines += [f"ln -sfn /dev/null /etc/systemd/system/{shlex.quote(unit)}" for unit in entry.mask]
     lines += [
         "rm -rf /var/log/apt /var/log/*.log /var/cache/debconf/*-old /var/lib/dpkg/*-old",

@@ -89,4 +89,6 @@ def kernel_command_line(accel: str, cpuinfo: str | None = None) -> str:
         found = re.search(r"^bogomips\s*:\s*([0-9.]+)", text, re.MULTILINE)
         if found:
             words.append(f"tsc_early_khz={round(float(found[1]) * 500)}")
+        # Else a busy host makes the watchdog mark it unstable, and the guest's timers fall behind.
+        words.append("tsc=reliable")
     return " ".join(words)

@@ -27,12 +27,16 @@ class Database:
         self._connection: sqlite3.Connection | None = None
 
     async def open(self) -> None:
-        """Open, check and migrate the file, making it when absent; raise Corrupted when it is not ours."""
+        """Open, check and migrate the file, making it when absent.
+
+        Raises Corrupted when it does not read, or is of a newer banger.
+        """
         await self._on_thread(self._open)
 
     async def close(self) -> None:
-        """Close the connection and end the thread."""
-        await self._on_thread(self._close)
+        """Close the connection and end the thread; closed already is fine."""
+        if self._connection is not None:
+            await self._on_thread(self._close)
         self._thread.shutdown()
 
     async def transact(self, step: Callable[[sqlite3.Connection], T]) -> T:
@@ -87,7 +91,8 @@ class Database:
         steps = migrations()
         if version > len(steps):
             raise Corrupted(
-                f"the database {self.path} is of a newer banger (schema {version}, known {len(steps)})",
+                f"the database {self.path} is of a newer banger: schema {version}, "
+                f"known {len(steps)}",
                 hint="install that banger again, or move the file away",
             )
         for number, script in enumerate(steps[version:], start=version + 1):

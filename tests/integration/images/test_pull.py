@@ -113,7 +113,9 @@ async def test_an_archive_that_does_not_answer_is_unavailable(tmp_path: Path) ->
 async def test_a_cancelled_pull_leaves_nothing_and_nobody(tmp_path: Path) -> None:
     sink = StageWaiter("installing the base")
     task = asyncio.create_task(pull_tiny(tmp_path, sink=sink))
-    await asyncio.wait_for(sink.seen.wait(), 120)
+    seen = asyncio.create_task(sink.seen.wait())
+    await asyncio.wait({task, seen}, timeout=120, return_when=asyncio.FIRST_COMPLETED)
+    assert seen.done()
     began = time.monotonic()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -90,10 +90,10 @@ def test_version(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "close"),
     [
-        (["deamon", "status"], "daemon"),
+        (["daemn", "status"], "daemon"),
         (["vm", "lst"], "list"),
         (["vm", "list", "--jsn"], "--json"),
-        (["help", "kernal"], "kernel"),
+        (["help", "kernl"], "kernel"),
         (["vm", "run", "--nmae=x"], "--name"),
     ],
 )

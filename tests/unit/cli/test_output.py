@@ -29,7 +29,7 @@ def test_plain_text_stays(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("caf\u00e9", "caf\u00e9"),
+        ("t\u00e9t\u00e9", "t\u00e9t\u00e9"),
         ("a\nb", "a\\nb"),
         ("\x1b]0;x\x07", "\\x1b]0;x\\x07"),
         ("\u202egpj.exe", "\\u202egpj.exe"),
@@ -68,11 +68,11 @@ def test_cleaned_console_has_no_control_characters(chunks: list[bytes]) -> None:
 
 @given(st.integers(1, 30))
 def test_escape_sequences_vanish_wherever_the_chunks_are_cut(size: int) -> None:
-    raw = b"ok \x1b[32mgreen\x1b[0m\r\n\x1b]0;title\x07x\x1b(B caf\xc3\xa9\n"
+    raw = b"ok \x1b[32mgreen\x1b[0m\r\n\x1b]0;title\x07x\x1b(B t\xc3\xa9\n"
     cleaner = logs.Cleaner()
     pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
     text = b"".join(cleaner.feed(piece) for piece in pieces).decode()
-    assert text == "ok green\nx caf\u00e9\n"
+    assert text == "ok green\nx t\u00e9\n"
 
 
 @given(st.binary(max_size=200).map(lambda data: data.replace(b"\r", b"\n")), st.integers(0, 8))

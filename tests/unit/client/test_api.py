@@ -306,6 +306,7 @@ def test_cli_does_not_keep_the_daemons_pipe(paths: Paths, monkeypatch: pytest.Mo
         env={**os.environ, "PYTHONPATH": source},
         capture_output=True,
         timeout=30,
+        check=False,
     )
     info = connection.send(autostart.socket_path(paths), "GET", "/v1/daemon").body
     os.kill(info["pid"], 9)

@@ -140,3 +140,16 @@ def test_a_sparse_file_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
         out.write(b"middle")
         out.truncate(9_000_001)
     assert artifacts.sha256_of(file) == f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def test_nothing_is_removed_below_which_something_is_mounted(tmp_path: Path, monkeypatch) -> None:
+    orphan = tmp_path / "staging" / "image-dead-00000000"
+    (orphan / "sys").mkdir(parents=True)
+    (orphan / "file").touch()
+    table = tmp_path / "mountinfo"
+    table.write_text(f"45 27 0:40 / {orphan}/sys ro - sysfs sys ro\n")
+    monkeypatch.setattr(artifacts, "MOUNT_TABLE", str(table))
+    assert artifacts.sweep_staging(tmp_path) == []
+    assert (orphan / "file").exists()
+    table.write_text(f"45 27 0:40 / {orphan}-other/sys ro - sysfs sys ro\n")
+    assert artifacts.sweep_staging(tmp_path) == ["image-dead-00000000"]

@@ -1,0 +1,163 @@
+package files
+
+import (
+	"archive/tar"
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func archive(t testing.TB, headers ...tar.Header) *bytes.Buffer {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for i := range headers {
+		h := headers[i]
+		content := ""
+		if h.Typeflag == tar.TypeReg {
+			content = "content of " + h.Name
+			h.Size = int64(len(content))
+		}
+		h.Format = tar.FormatGNU
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write([]byte(content)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return &b
+}
+
+func TestRoundTripKeepsNamesModesTimesAndLinks(t *testing.T) {
+	when := time.Unix(1500000000, 0)
+	long := strings.Repeat("d/", 100) + "long"
+	target := filepath.Join(t.TempDir(), "in")
+	result, err := Extract(archive(t,
+		tar.Header{Name: "a/", Typeflag: tar.TypeDir, Mode: 0o750, ModTime: when},
+		tar.Header{Name: "a/run", Typeflag: tar.TypeReg, Mode: 0o4775, ModTime: when},
+		tar.Header{Name: "a/\xff\xfe\n name", Typeflag: tar.TypeReg, Mode: 0o600, ModTime: when},
+		tar.Header{Name: "a/sym", Typeflag: tar.TypeSymlink, Linkname: "../../nowhere", ModTime: when},
+		tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "a/run"},
+		tar.Header{Name: long, Typeflag: tar.TypeReg, Mode: 0o644, ModTime: when},
+	), target, true, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if result.Files != 6 {
+		t.Errorf("%d files", result.Files)
+	}
+	info, err := os.Lstat(target + "/a/run")
+	if err != nil || info.Mode() != 0o775|os.ModeSetuid || !info.ModTime().Equal(when) {
+		t.Errorf("a/run: %v %v", info, err)
+	}
+	if info, err := os.Stat(target + "/a"); err != nil || info.Mode().Perm() != 0o750 || !info.ModTime().Equal(when) {
+		t.Errorf("a: %v %v", info, err)
+	}
+	var x, y syscall.Stat_t
+	_ = syscall.Stat(target+"/a/run", &x)
+	_ = syscall.Stat(target+"/hard", &y)
+	if x.Ino != y.Ino || x.Ino == 0 {
+		t.Error("the hard link is another file")
+	}
+	var out bytes.Buffer
+	if _, err := Archive(&out, target, func() bool { return false }); err != nil {
+		t.Fatal(err)
+	}
+	again := filepath.Join(t.TempDir(), "again")
+	if _, err := Extract(&out, again, true, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"a/\xff\xfe\n name", long, "hard"} {
+		if raw, err := os.ReadFile(again + "/in/" + name); err != nil || !strings.HasPrefix(string(raw), "content of") {
+			t.Errorf("%q: %q %v", name, raw, err)
+		}
+	}
+	if link, _ := os.Readlink(again + "/in/a/sym"); link != "../../nowhere" {
+		t.Errorf("symlink to %q", link)
+	}
+}
+
+func TestExtractNeverLeavesTheTarget(t *testing.T) {
+	outside := t.TempDir()
+	for name, headers := range map[string][]tar.Header{
+		"dot dot":      {{Name: "../x", Typeflag: tar.TypeReg}},
+		"dot dot deep": {{Name: "a/../../x", Typeflag: tar.TypeReg}},
+		"symlink as a directory": {{Name: "l", Typeflag: tar.TypeSymlink, Linkname: outside},
+			{Name: "l/x", Typeflag: tar.TypeReg}},
+		"hard link to the outside": {{Name: "l", Typeflag: tar.TypeSymlink, Linkname: outside},
+			{Name: "h", Typeflag: tar.TypeLink, Linkname: "l/secret"}},
+		"hard link dot dot":   {{Name: "h", Typeflag: tar.TypeLink, Linkname: "../../etc/passwd"}},
+		"directory over link": {{Name: "l", Typeflag: tar.TypeSymlink, Linkname: outside}, {Name: "l/", Typeflag: tar.TypeDir, Mode: 0o777}},
+	} {
+		if _, err := Extract(archive(t, headers...), filepath.Join(t.TempDir(), "in"), true, nil); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+	// A file over a symlink replaces the link.
+	target := filepath.Join(t.TempDir(), "in")
+	if _, err := Extract(archive(t, tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: outside + "/made"},
+		tar.Header{Name: "l", Typeflag: tar.TypeReg, Mode: 0o644}), target, true, nil); err != nil {
+		t.Error(err)
+	}
+	if names, _ := os.ReadDir(outside); len(names) != 0 {
+		t.Errorf("outside holds %v", names)
+	}
+	if info, _ := os.Lstat(target + "/l"); !info.Mode().IsRegular() {
+		t.Error("the link is still there")
+	}
+}
+
+func TestCreateRefusesWhatIsNotEmpty(t *testing.T) {
+	target := t.TempDir()
+	one := tar.Header{Name: "f", Typeflag: tar.TypeReg, Mode: 0o644}
+	if _, err := Extract(archive(t, one), target, true, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Extract(archive(t, one), target, true, nil); err == nil {
+		t.Error("create wrote into a directory that is not empty")
+	}
+	if _, err := Extract(archive(t, one), target, false, nil); err != nil {
+		t.Errorf("merge: %v", err)
+	}
+}
+
+func TestManyDirectoriesDoNotRunOutOfDescriptors(t *testing.T) {
+	var headers []tar.Header
+	for i := 0; i < 3*cachedFds; i++ {
+		headers = append(headers, tar.Header{Name: "d" + strings.Repeat("x", i%7) + "/" + strings.Repeat("y", i%200+1) + "/f", Typeflag: tar.TypeReg, Mode: 0o644})
+	}
+	if _, err := Extract(archive(t, headers...), t.TempDir(), false, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDamagedStreamIsAnError(t *testing.T) {
+	whole := archive(t, tar.Header{Name: "f", Typeflag: tar.TypeReg, Mode: 0o644}).Bytes()
+	for _, raw := range [][]byte{whole[:600-80], []byte(strings.Repeat("garbage!", 200))} {
+		if _, err := Extract(bytes.NewReader(raw), t.TempDir(), false, nil); err == nil {
+			t.Error("taken")
+		}
+	}
+}
+
+func FuzzExtract(f *testing.F) {
+	f.Add(archive(f, tar.Header{Name: "a/b", Typeflag: tar.TypeReg, Mode: 0o644}, tar.Header{Name: "a/l", Typeflag: tar.TypeSymlink, Linkname: "../.."}).Bytes())
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		if len(raw) > 1<<16 {
+			return
+		}
+		base := t.TempDir()
+		_, _ = Extract(bytes.NewReader(raw), base+"/in", false, nil)
+		if names, _ := os.ReadDir(base); len(names) != 1 {
+			t.Fatalf("beside the target: %v", names)
+		}
+	})
+}

@@ -1,0 +1,477 @@
+"""`vm run`, `exec`, `cp` and `internal connect` from the terminal's side, with the real agent.
+
+The agent serves on this host's own file system (its test mode), and a fake daemon stands in
+front: what is tested is everything between argv and the agent, in real processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import banger
+from banger.client import autostart
+from banger.paths import find_paths
+from tests.unit.client.fake_daemon import FakeDaemon, make_vm
+
+pytestmark = pytest.mark.integration
+
+SOURCE = Path(banger.__file__).parents[1]
+AGENT = SOURCE / "banger" / "guest" / "bin" / f"banger-agent-{platform.machine()}"
+
+
+class Machine:
+    """A fake daemon with one VM, `box`, whose agent is real."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.guest_home = root / "guest"
+        self.guest_home.mkdir()
+        (root / "run").mkdir(mode=0o700)
+        (root / "agent").mkdir()
+        self.environment = {
+            "PATH": os.environ["PATH"], "HOME": str(root / "home"), "PYTHONPATH": str(SOURCE),
+            "XDG_RUNTIME_DIR": str(root / "run"), "LANG": "C.UTF-8", "TERM": "dumb",
+            "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null",
+        }  # fmt: skip
+        (root / "home").mkdir()
+        with open(root / "agent.log", "wb") as log:
+            self.agent = subprocess.Popen(
+                [AGENT, "serve-unix", root / "agent", "6"],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "BANGER_AGENT_LOGS": str(root / "logs"), "HOME": str(root)},
+            )
+        assert self.agent.stdout is not None
+        assert self.agent.stdout.readline() == b"ready\n"
+        paths = find_paths(self.environment)
+        os.makedirs(os.path.dirname(paths.runtime_dir), mode=0o700)
+        os.mkdir(paths.runtime_dir, 0o700)
+        self.paths = paths
+        self.daemon = FakeDaemon(autostart.socket_path(paths))
+        vm = make_vm()
+        endpoint = {"kind": "virtio-serial", "directory": str(root / "agent"), "ports": 6}
+        self.daemon.answers["GET /v1/vms/box/connection"] = {"vm": vm, "endpoint": endpoint}
+        self.daemon.answers["GET /v1/vms/box"] = vm
+        self.daemon.answers["POST /v1/vms"] = self.daemon.operation(
+            {"type": "stage", "stage": "boot"}, result=vm
+        )
+        self.daemon.answers["DELETE /v1/vms/box"] = self.daemon.operation(result={"ok": True})
+
+    def start(self, *words: str | bytes, **options: Any) -> subprocess.Popen[bytes]:
+        # Where the guest's home is: this host is the guest, and /root is somebody's.
+        code = (
+            "import sys; from banger.services import workspaces; "
+            f"workspaces.GUEST_HOME = {str(self.guest_home)!r}; "
+            "from banger.cli.main import main; sys.exit(main())"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *words], env=self.environment, **options
+        )
+
+    def run(self, *words: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        process = self.start(
+            *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            out, err = process.communicate(stdin, timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(list(words), process.returncode, out, err)
+
+    def asked(self, method: str, path: str) -> list[Any]:
+        return [body for m, p, body in self.daemon.requests if (m, p) == (method, path)]
+
+    def close(self) -> None:
+        self.daemon.close()
+        self.agent.kill()
+        self.agent.wait()
+        assert self.agent.stdout is not None
+        self.agent.stdout.close()
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    with tempfile.TemporaryDirectory(prefix="bng-") as root:
+        made = Machine(Path(root))
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    made = tmp_path / "repo"
+    made.mkdir()
+    for words in (["init", "-q", "-b", "main"], ["config", "user.name", "a"],
+                  ["config", "user.email", "a@example"]):  # fmt: skip
+        subprocess.run(["git", *words], cwd=made, check=True)
+    (made / "a file\nwith \xff").write_text("odd")
+    (made / "run.sh").write_text("#!/bin/sh\npwd; ls; exit 7\n")
+    (made / "run.sh").chmod(0o755)
+    subprocess.run(["git", "add", "-A"], cwd=made, check=True)
+    subprocess.run(["git", "commit", "-qm", "x"], cwd=made, check=True)
+    return made
+
+
+# -- exec
+
+
+def test_streams_and_status_are_the_commands_own(machine: Machine) -> None:
+    script = "cat; printf 'e\\0\\377' >&2; exit 42"
+    data = bytes(range(256)) * 4000
+    ran = machine.run("vm", "exec", "box", "--", "sh", "-c", script, stdin=data)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (42, data, b"e\0\xff")
+
+
+def test_argv_and_environment_arrive_byte_for_byte(machine: Machine) -> None:
+    words = [b"", b"a b", b"new\nline", b"\xff\xfe", b"--", b"-x", b"*", b"'\"$(x)`"]
+    code = (
+        "import os,sys; os.write(1, b'|'.join(map(os.fsencode, sys.argv[1:])) + os.environb[b'K'])"
+    )
+    ran = machine.run(
+        "vm", "exec", "-e", b"K=v\xff=1", "box", "--", sys.executable, "-c", code, *words
+    )
+    assert ran.stderr == b""
+    assert ran.stdout == b"|".join(words) + b"v\xff=1"
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["sh", "-c", "kill -9 $$"], 137), (["/nonexistent"], 127), (["/etc/passwd"], 126),
+        (["true"], 0), (["sh", "-c", "kill -TERM $$"], 143),
+    ],
+)  # fmt: skip
+def test_exit_statuses(machine: Machine, command: list[str], status: int) -> None:
+    assert machine.run("vm", "exec", "box", "--", *command).returncode == status
+
+
+def test_timeout_is_124(machine: Machine) -> None:
+    ran = machine.run("vm", "exec", "--timeout", "0.5", "box", "--", "sleep", "30")
+    assert ran.returncode == 124
+
+
+def test_json_result_goes_to_stderr(machine: Machine) -> None:
+    ran = machine.run("vm", "exec", "--json", "box", "--", "sh", "-c", "echo out; exit 3")
+    assert ran.stdout == b"out\n"
+    assert json.loads(ran.stderr)["result"] == {
+        "name": "box", "exit_code": 3, "signal": None, "timed_out": False,
+    }  # fmt: skip
+
+
+def test_detached_command_is_started_and_named(machine: Machine) -> None:
+    ran = machine.run("vm", "exec", "-d", "box", "--", "sh", "-c", "echo from inside")
+    assert (ran.returncode, ran.stdout) == (0, b"")
+    log = ran.stderr.decode().split("its output is in ")[1].strip()
+    deadline = time.monotonic() + 20
+    while "from inside" not in (Path(log).read_text() if os.path.exists(log) else ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_interrupt_reaches_the_command(machine: Machine) -> None:
+    script = "trap 'echo got it; exit 9' INT; echo up; while :; do sleep 0.1; done"
+    process = machine.start(
+        "vm", "exec", "box", "--", "sh", "-c", script,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.read() == b"got it\n"
+    assert process.wait(30) == 9
+    process.stdout.close()
+
+
+def test_killing_the_daemon_does_not_disturb_an_exec(machine: Machine) -> None:
+    process = machine.start(
+        "vm", "exec", "box", "--", "sh", "-c", "echo up; read x; echo $x",
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    machine.daemon.server.server_close()
+    out, _ = process.communicate(b"still here\n", timeout=30)
+    assert (process.returncode, out) == (0, b"still here\n")
+
+
+def test_stopped_vm_has_a_hint(machine: Machine) -> None:
+    body = {"error": {"code": "conflict", "message": "box is stopped", "hint": ""}}
+    machine.daemon.answers["GET /v1/vms/box/connection"] = (409, body)
+    ran = machine.run("vm", "exec", "box", "--", "true")
+    assert ran.returncode == 125
+    assert b"box is stopped\nhint: banger vm start box" in ran.stderr
+
+
+# -- run
+
+
+def test_run_copies_the_repository_and_runs_there(machine: Machine, repo: Path) -> None:
+    (repo / "untracked").write_text("u")
+    ran = machine.run("vm", "run", str(repo), "--", "./run.sh")
+    assert ran.returncode == 7, ran.stderr
+    copy = machine.guest_home / "repo"
+    assert ran.stdout.decode().splitlines()[0] == str(copy)
+    subprocess.run(["diff", "-r", "--exclude=.git", repo, copy], check=True)
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=copy, check=True,
+                            capture_output=True, text=True).stdout  # fmt: skip
+    assert status == "?? untracked\n"
+    assert b"box stays" in ran.stderr
+    assert machine.asked("DELETE", "/v1/vms/box") == []
+
+
+def test_run_rm_deletes_whatever_happens(machine: Machine) -> None:
+    ran = machine.run("vm", "run", "--rm", "-q", "--", "sh", "-c", "exit 5")
+    assert (ran.returncode, ran.stderr) == (5, b"")
+    assert len(machine.asked("DELETE", "/v1/vms/box")) == 1
+    assert machine.asked("POST", "/v1/vms")[0]["owner_pid"] > 0
+
+
+def test_run_begins_a_branch(machine: Machine, repo: Path) -> None:
+    ran = machine.run("vm", "run", str(repo), "--branch", "fix", "--", "git", "branch",
+                      "--show-current")  # fmt: skip
+    assert ran.stdout == b"fix\n", ran.stderr
+    branches = subprocess.run(["git", "branch"], cwd=repo, check=True, capture_output=True).stdout
+    assert branches == b"* main\n"
+
+
+def test_failed_copy_leaves_no_vm(machine: Machine, repo: Path) -> None:
+    (machine.guest_home / "repo").write_text("in the way")
+    ran = machine.run("vm", "run", str(repo), "--", "true")
+    assert ran.returncode == 125
+    assert len(machine.asked("DELETE", "/v1/vms/box")) == 1
+
+
+def test_json_with_a_command_is_lines_on_stderr(machine: Machine) -> None:
+    ran = machine.run("vm", "run", "--json", "--", "echo", "out")
+    assert ran.stdout == b"out\n"
+    events = [json.loads(line) for line in ran.stderr.splitlines()]
+    assert {"type": "stage", "stage": "boot"} in events
+    assert any(event.get("result", {}).get("exit_code") == 0 for event in events)
+
+
+def test_json_without_a_command_is_the_vm(machine: Machine) -> None:
+    ran = machine.run("vm", "run", "--json")
+    assert json.loads(ran.stdout)["name"] == "box"
+
+
+def test_emulation_is_told_once(machine: Machine) -> None:
+    first = machine.run("vm", "run", "--", "true").stderr
+    second = machine.run("vm", "run", "--", "true").stderr
+    assert b"emulated (tcg)" in first
+    assert b"/dev/kvm is absent" in first
+    assert b"emulated" not in second
+
+
+def test_bad_input_makes_nothing(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    for words in (
+        ["/nonexistent"], [str(tmp_path / "plain")], ["--branch", "x"], ["--from", "x"],
+        ["--name", "Bad_Name"], ["--memory", "much"], ["--vcpu", "many"], ["--rm", "-d"],
+        ["--timeout", "-1", "--", "true"], ["--env", "=x", "--", "true"],
+    ):  # fmt: skip
+        ran = machine.run("vm", "run", *words)
+        lines = ran.stderr.decode().splitlines()
+        assert ran.returncode == 125, (words, lines)
+        assert lines[0].startswith("banger: "), lines
+        assert lines[1].startswith("hint: "), lines
+    assert machine.asked("POST", "/v1/vms") == []
+
+
+def test_interrupted_creation_is_cancelled(machine: Machine) -> None:
+    daemon = machine.daemon
+    daemon.answers["POST /v1/vms"] = daemon.operation({"type": "stage", "stage": "x"}, wait=True)
+    process = machine.start(
+        "vm", "run", "--", "true",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while b"banger: x" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert daemon.cancelled["op1"].is_set()
+
+
+def test_second_interrupt_leaves_at_once(machine: Machine) -> None:
+    daemon = machine.daemon
+    daemon.answers["POST /v1/vms"] = daemon.operation({"type": "stage", "stage": "x"}, wait=True)
+    process = machine.start(
+        "vm", "run", "--", "true",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while b"banger: x" not in process.stderr.readline():
+        pass
+
+    class Never:
+        def set(self) -> None:
+            pass
+
+        def wait(self, seconds: float) -> None:
+            time.sleep(5)
+
+    daemon.cancelled["op1"] = Never()  # type: ignore[assignment]
+    process.send_signal(signal.SIGINT)
+    while b"cancelling" not in process.stderr.readline():
+        pass
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - began < 3
+
+
+# -- cp
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    made = tmp_path / "files"
+    (made / "d").mkdir(parents=True)
+    (made / "d" / "f").write_bytes(os.urandom(200_000))
+    (made / os.fsdecode(b"\xff\n x")).write_text("odd")
+    (made / "exec").write_text("x")
+    (made / "exec").chmod(0o755)
+    (made / "link").symlink_to("d/f")
+    return made
+
+
+def same(one: Path, two: Path) -> None:
+    subprocess.run(["diff", "-r", "--no-dereference", one, two], check=True)
+
+
+def test_directory_into_and_out_of_an_existing_one(machine: Machine, files: Path) -> None:
+    guest = machine.guest_home
+    assert machine.run("vm", "cp", str(files), f"box:{guest}").stderr.count(b"\n") <= 1
+    same(files, guest / "files")
+    assert (guest / "files/exec").stat().st_mode & 0o777 == 0o755
+    out = files.parent / "out"
+    out.mkdir()
+    assert machine.run("vm", "cp", f"box:{guest}/files", str(out)).returncode == 0
+    same(files, out / "files")
+
+
+def test_directory_to_a_new_name_and_contents_only(machine: Machine, files: Path) -> None:
+    guest, out = machine.guest_home, files.parent
+    for words, made in [
+        ([str(files), f"box:{guest}/new"], guest / "new"),
+        ([f"{files}/.", f"box:{guest}"], guest),
+        ([f"{files}/.", f"box:{guest}/dot"], guest / "dot"),
+        ([f"box:{guest}/new", str(out / "back")], out / "back"),
+        ([f"box:{guest}/new/.", str(out / "into")], out / "into"),
+    ]:
+        if made.name == "into":
+            made.mkdir()
+        ran = machine.run("vm", "cp", *words)
+        assert ran.returncode == 0, (words, ran.stderr)
+        if made != guest:
+            same(files, made)
+        else:
+            assert (guest / "exec").exists()
+
+
+def test_files(machine: Machine, files: Path) -> None:
+    guest, out = machine.guest_home, files.parent
+    source = files / "d/f"
+    for words, made in [
+        ([str(source), f"box:{guest}"], guest / "f"),
+        ([str(source), f"box:{guest}/g"], guest / "g"),
+        ([str(source), f"box:{guest}/"], guest / "f"),
+        ([f"box:{guest}/f", str(out)], out / "f"),
+        ([f"box:{guest}/f", str(out / "h")], out / "h"),
+        ([f"box:{guest}/f", str(out / "h")], out / "h"),
+    ]:
+        ran = machine.run("vm", "cp", *words)
+        assert ran.returncode == 0, (words, ran.stderr)
+        assert made.read_bytes() == source.read_bytes()
+
+
+def test_tar_streams(machine: Machine, files: Path) -> None:
+    guest = machine.guest_home
+    raw = subprocess.run(["tar", "c", "-C", files, "."], check=True, capture_output=True).stdout
+    assert machine.run("vm", "cp", "-", f"box:{guest}", stdin=raw).returncode == 0
+    same(files, guest)
+    out = machine.run("vm", "cp", f"box:{guest}/d", "-").stdout
+    listed = subprocess.run(["tar", "t"], input=out, check=True, capture_output=True).stdout
+    assert listed == b"d/\nd/f\n"
+
+
+def test_bad_copies_are_named(machine: Machine, files: Path) -> None:
+    guest, out = machine.guest_home, files.parent
+    (guest / "file").write_text("")
+    for status, words in [
+        (125, [f"{out}/none", f"box:{guest}"]), (125, [f"box:{guest}/none", str(out)]),
+        (125, [str(files), f"box:{guest}/file"]), (125, [str(files / "exec"), f"box:{guest}/no/"]),
+        (125, [str(files / "exec"), f"box:{guest}/no/such/f"]), (2, [str(files), str(out)]),
+        (125, [f"box:{guest}/file", f"{out}/no/such"]), (2, ["box:/a", "box:/b"]),
+        (125, [f"box:{guest}", str(files / "exec")]),
+    ]:  # fmt: skip
+        ran = machine.run("vm", "cp", *words)
+        assert ran.returncode == status, (words, ran.stderr)
+        assert b"hint: " in ran.stderr
+
+
+def test_links_that_lead_out_are_left_out_with_a_warning(machine: Machine, tmp_path: Path) -> None:
+    (machine.guest_home / "d").mkdir()
+    (machine.guest_home / "d" / "evil").symlink_to("/etc/passwd")
+    (machine.guest_home / "d" / "ok").write_text("ok")
+    ran = machine.run("vm", "cp", f"box:{machine.guest_home}/d", str(tmp_path))
+    assert ran.returncode == 0
+    assert b"d/evil points outside" in ran.stderr
+    assert os.listdir(tmp_path / "d") == ["ok"]
+
+
+# -- what ssh uses
+
+
+def test_connect_carries_a_port(machine: Machine) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        peer, _ = listener.accept()
+        with peer:
+            while data := peer.recv(65536):
+                peer.sendall(data)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    data = os.urandom(300_000)
+    port = str(listener.getsockname()[1])
+    ran = machine.run("internal", "connect", "Box.vm", port, stdin=data)
+    thread.join(20)
+    listener.close()
+    assert (ran.returncode, ran.stdout) == (0, data)
+
+
+def test_stats_and_ports(machine: Machine) -> None:
+    machine.daemon.answers["GET /v1/vms/box/stats"] = {
+        "name": "box", "state": "running", "cpu_seconds": 1.5, "memory_bytes": 1 << 30,
+        "disk_used_bytes": 1 << 20, "uptime_s": 100.0,
+    }  # fmt: skip
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    rows = json.loads(machine.run("vm", "ports", "box", "--json").stdout)
+    table = machine.run("vm", "ports", "box").stdout.decode()
+    listener.close()
+    assert port in [row["port"] for row in rows]
+    assert str(port) in table
+    stats = json.loads(machine.run("vm", "stats", "box", "--json").stdout)
+    assert stats[0]["guest"]["memory"]["total"] > 0
+    assert "1 GiB" in machine.run("vm", "stats", "box").stdout.decode()

@@ -1,0 +1,134 @@
+"""The daemon's parts over the fake VMM: all real but the machine and the artifacts' content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from banger.errors import NotFound
+from banger.events import EventSink
+from banger.host.commands import HostCommands
+from banger.paths import Paths
+from banger.services.artifacts import ArtifactService, Wire
+from banger.services.boot import BootFiles
+from banger.services.identity import IdentityService
+from banger.services.vms import VmDefaults, VmService
+from banger.store.database import Database
+from banger.store.layout import Layout, VmFiles
+from banger.store.vms import VmRepository, VmRow
+from banger.types import HostLimits
+from banger.vmm.base import Vmm, VmSpec
+from banger.vmm.probe import KvmProbe
+from banger.vmm.select import VmmChoice
+from tests.support.fake_vmm import FakeVmm
+
+
+class StubSource:
+    """Artifacts by name only; `pulled` counts what was made."""
+
+    def __init__(self, kind: str, installed: list[str]) -> None:
+        self.kind = kind
+        self.pulled: list[str] = []
+        self._installed = installed
+
+    def catalog(self) -> list[str]:
+        return ["from-catalog"]
+
+    def installed(self) -> list[str]:
+        return sorted(self._installed)
+
+    def wire(self, name: str) -> Wire:
+        return {"name": name, "installed": name in self._installed}
+
+    async def pull(self, name: str, sink: EventSink, *, force: bool) -> None:
+        sink.stage(f"pull {name}")
+        self.pulled.append(name)
+        self._installed.append(name)
+
+    def delete(self, name: str) -> None:
+        if name not in self._installed:
+            raise NotFound(name)
+        self._installed.remove(name)
+
+
+class PlainBoot(BootFiles):
+    """Boot files without a kernel: the fake VMM only looks that they are there."""
+
+    async def prepare(
+        self, row: VmRow, vm_files: VmFiles, choice: VmmChoice, authorized_key: str
+    ) -> VmSpec:
+        present = vm_files.directory / "present"
+        present.write_bytes(b"")
+        vm_files.initramfs.write_bytes(b"")
+        return VmSpec(
+            id=row.id,
+            vcpu=row.vcpu,
+            memory_bytes=row.memory_bytes,
+            accel=choice.accel,
+            kernel=present,
+            initramfs=vm_files.initramfs,
+            command_line="",
+            base_disk=present,
+            own_disk=vm_files.disk,
+            modules_disk=present,
+            runtime=vm_files.runtime,
+            console_log=vm_files.console_log,
+            vmm_log=vm_files.vmm_log,
+            network=None,
+        )
+
+
+class Parts:
+    """One life of a daemon: make another one over the same directory to restart it."""
+
+    def __init__(self, root: Path, vmm: Vmm | None = None) -> None:
+        self.layout = Layout.of(
+            Paths(*(str(root / name) for name in ("config", "data", "state", "cache", "run")))
+        )
+        for directory in (self.layout.vms, self.layout.runtime_vms, self.layout.state):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.commands = HostCommands()
+        self.database = Database(self.layout.database)
+        self.rows = VmRepository(self.database)
+        self.vmm = vmm or FakeVmm()
+        self.image_source = StubSource("image", ["tiny"])
+        self.kernel_source = StubSource("kernel", ["tiny"])
+
+        async def image_users(name: str) -> list[str]:
+            return await self.vms.used_by("image", name)
+
+        async def kernel_users(name: str) -> list[str]:
+            return await self.vms.used_by("kernel", name)
+
+        self.images = ArtifactService(self.image_source, image_users)
+        self.kernels = ArtifactService(self.kernel_source, kernel_users)
+        self.vms = VmService(
+            rows=self.rows,
+            layout=self.layout,
+            # `auto` chooses qemu: the fake stands in its place.
+            vmms={"qemu": self.vmm},
+            kvm=KvmProbe(False, "a test has none"),
+            images=self.images,
+            kernels=self.kernels,
+            boot=PlainBoot(self.layout, self.commands, ()),
+            identity=IdentityService(self.layout, self.commands, self.layout.default_ssh_key),
+            defaults=VmDefaults(
+                image="tiny",
+                kernel="tiny",
+                vcpu=1,
+                memory_bytes=256 << 20,
+                disk_size_bytes=256 << 20,
+                vmm="auto",
+                network="none",
+            ),
+            limits=HostLimits(cpus=2, memory_bytes=8 << 30, disk_free_bytes=1 << 40),
+        )
+
+    async def open(self) -> Parts:
+        """Open the database."""
+        await self.database.open()
+        return self
+
+    async def close(self) -> None:
+        """End as a daemon that is told to; VMs go on."""
+        await self.vms.close()
+        await self.database.close()

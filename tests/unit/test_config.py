@@ -1,0 +1,112 @@
+"""The configuration file, and its page in docs/."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from banger.config import Config, VmConfig, config_path, load_config, parse_config, size_of
+from banger.errors import InvalidInput
+
+PAGE = Path(__file__).parents[2] / "docs" / "config.md"
+_ROW = re.compile(r"^\| `([a-z_.]+)` \| (.+?) \| (.+) \|$", re.MULTILINE)
+
+
+def _documented() -> dict[str, str]:
+    """Return every key of the page with the text of its default."""
+    rows = _ROW.findall(PAGE.read_text())
+    found = {key: default for key, default, _ in rows}
+    assert len(found) == len(rows), "a key has two rows"
+    return found
+
+
+def _in_code() -> dict[str, str]:
+    config, vm = Config(), VmConfig()
+    keys = {
+        name: f"`{json.dumps(getattr(config, name))}`"
+        for name in Config.__struct_fields__
+        if name != "vm"
+    }
+    sizes = {f"vm.{name}": getattr(vm, name) for name in VmConfig.__struct_fields__}
+    assert set(sizes.values()) == {None}
+    return keys | dict.fromkeys(sizes, "from the host")
+
+
+def test_page_has_every_key_with_its_default() -> None:
+    assert _documented() == _in_code()
+
+
+def test_examples_of_the_page_are_valid() -> None:
+    examples = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert examples
+    for example in examples:
+        parse_config(example.encode(), "docs/config.md")
+
+
+def test_every_documented_default_is_accepted_from_the_file() -> None:
+    lines = [f"{key} = {text.strip('`')}" for key, text in _documented().items() if "`" in text]
+    assert parse_config("\n".join(lines).encode(), "x") == Config()
+
+
+def test_absent_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(str(tmp_path)) == Config()
+
+
+def test_file_is_read(tmp_path: Path) -> None:
+    Path(config_path(str(tmp_path))).write_text('vmm = "qemu"\n[vm]\nmemory = "2G"\nvcpu = 3\n')
+    config = load_config(str(tmp_path))
+    assert (config.vmm, config.vm.vcpu, size_of(config.vm.memory or 0)) == ("qemu", 3, 2 << 30)
+
+
+def test_directory_in_its_place_is_named(tmp_path: Path) -> None:
+    Path(config_path(str(tmp_path))).mkdir()
+    with pytest.raises(InvalidInput, match="cannot read .*config.toml"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("defualt_image_name = 1", "unknown key defualt_image_name", "default_image_name"),
+        ("[vm]\nmemroy = 1", r"unknown key vm\.memroy", "vm.memory"),
+        ("zzzzzz = 1", "unknown key zzzzzz", "docs/config.md"),
+        ("vmm = 3", r"Expected `str`.*\$\.vmm", ""),
+        ("vm = 3", r"Expected `object`.*\$\.vm", ""),
+        ("= 3", "is not TOML", ""),
+        ('vmm = "xen"', "vmm: 'xen' is not", ""),
+        ('network = "bridge"', "network: 'bridge'", ""),
+        ('log_level = "loud"', "log_level", ""),
+        ("tap_pool_size = 65", "tap_pool_size", ""),
+        ("tap_pool_size = -1", "tap_pool_size", ""),
+        ('bridge_name = "a-name-of-16-char"', "bridge_name", ""),
+        ('bridge_name = "a b"', "bridge_name", ""),
+        ('bridge_ip = "1.2.3"', "bridge_ip", ""),
+        ('cidr = "172.16.0.1/24"', "host bits", ""),
+        ('default_dns = ["one.one"]', "default_dns", ""),
+        ("[vm]\nvcpu = 0", r"vm\.vcpu", ""),
+        ('[vm]\nmemory = "much"', r"vm\.memory", ""),
+        ("[vm]\ndisk_size = -1", r"vm\.disk_size", ""),
+    ],
+)
+def test_wrong_file_is_refused_by_name(text: str, message: str, hint: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        parse_config(text.encode(), "/etc/c.toml")
+    assert caught.value.message.startswith("/etc/c.toml")
+    assert hint in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_bytes_that_are_not_utf8_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="is not TOML"):
+        parse_config(b'vmm = "\xff"', "x")
+
+
+def test_toml_of_pyproject_is_not_ours() -> None:
+    text = (PAGE.parents[1] / "pyproject.toml").read_bytes()
+    assert tomllib.loads(text.decode())
+    with pytest.raises(InvalidInput, match="unknown key"):
+        parse_config(text, "x")

@@ -1,0 +1,50 @@
+"""Nothing escapes the layers and nothing is depended on for nothing.
+
+The contracts themselves are run by tests/static; here is what they cannot see.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_PACKAGE = ROOT / "src" / "banger"
+_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_module_stands_in_a_layer() -> None:
+    """A package that no contract names could import anything."""
+    layers = _PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+    placed = {name.strip() for layer in layers for name in layer.split("|")}
+    modules = {
+        f"banger.{path.stem}"
+        for path in _PACKAGE.iterdir()
+        if (path.suffix == ".py" or (path / "__init__.py").exists())
+        and not path.name.startswith("__")
+    }
+    assert placed == modules
+
+
+def test_command_line_may_import_no_service_but_the_named() -> None:
+    """A new service is out of the command line's reach until somebody decides otherwise."""
+    forbidden = set(_PROJECT["tool"]["importlinter"]["contracts"][1]["forbidden_modules"])
+    services = {
+        f"banger.services.{path.stem}"
+        for path in (_PACKAGE / "services").glob("*.py")
+        if path.stem != "__init__"
+    }
+    allowed = {"banger.services.doctor", "banger.services.workspaces"}
+    assert services - forbidden - allowed == set()
+
+
+def test_every_dependency_is_imported() -> None:
+    source = "\n".join(path.read_text() for path in _PACKAGE.rglob("*.py"))
+    for requirement in _PROJECT["project"]["dependencies"]:
+        name = re.split(r"[<>=; ]", requirement)[0]
+        package, _, module = name.rpartition(".")
+        spelled = rf"(import|from) {re.escape(name)}\b"
+        if package:
+            spelled += rf"|from {re.escape(package)} import {module}\b"
+        assert re.search(spelled, source), name
