@@ -179,3 +179,9 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout", metavar="SECONDS", help="end it after so long and exit with 124"
     )
+    group.add_argument(
+        "--wait",
+        action="store_true",
+        help="first wait until the guest's own services (Docker, say) are up; "
+        "without it the command may run before them",
+    )

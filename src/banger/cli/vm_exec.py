@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from banger.cli import output
 from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import Parser, add_execution, add_json, add_quiet
-from banger.errors import InvalidInput, UsageError
+from banger.cli.progress import Progress
+from banger.errors import InvalidInput, TimedOut, UsageError
 
 if TYPE_CHECKING:
     from banger.api.models import VmConnection
     from banger.guest.agent import ExecRequest, ExitStatus
+
+# The full image needs 40 s under emulation on an idle host, minutes on a busy one.
+_SERVICES_TIMEOUT_S = 600.0
+_RETRY_S = 0.2
 
 
 def build_exec(parser: Parser) -> None:
@@ -47,7 +53,34 @@ def run_exec(context: Context, args: argparse.Namespace) -> int:
         raise UsageError("no command given", hint=f"banger vm exec {args.name} -- COMMAND")
     # Before the daemon is asked: a bad value is told at once.
     request = make_request(args, args.command)
-    return execute(connect_running(context, args.name), request, json=context.json)
+    connection = connect_running(context, args.name)
+    if args.wait:
+        with Progress(quiet=args.quiet) as progress:
+            wait_for_services(connection, progress)
+    return execute(connection, request, json=context.json)
+
+
+def wait_for_services(connection: VmConnection, progress: Progress) -> None:
+    """Wait until the guest's systemd has started what it starts; no systemd, no wait.
+
+    A unit that failed is not waited for and is no error here. Raises TimedOut.
+    """
+    from banger.guest import agent
+
+    endpoint = endpoint_of(connection)
+    progress.stage("wait for the guest's services")
+    deadline = time.monotonic() + _SERVICES_TIMEOUT_S
+    argv = [b"systemctl", b"is-system-running", b"--wait"]
+    while (left_s := deadline - time.monotonic()) > 0:
+        status, said, _ = agent.capture_exec(endpoint, argv, timeout_s=left_s)
+        if status.code == 127 or said.strip() in (b"running", b"degraded"):
+            return
+        time.sleep(_RETRY_S)  # systemd is not PID 1 yet, or its socket is not there
+    name = connection["vm"]["name"]
+    raise TimedOut(
+        f"the services of {name} were not up within {_SERVICES_TIMEOUT_S:.0f} s",
+        hint=f"banger vm exec {name} -- systemctl list-jobs",
+    )
 
 
 def make_request(

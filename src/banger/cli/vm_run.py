@@ -60,6 +60,7 @@ def build_run(parser: Parser) -> None:
         ("banger vm run --rm -- uname -a", "and leave nothing behind"),
         ("banger vm run --name box", "make `box`, or enter it again"),
         ("banger vm run -d --name web ./site -- ./serve", "start it and return"),
+        ("banger vm run --wait ./repo -- docker compose up", "once the guest's Docker is there"),
     )
 
 
@@ -115,7 +116,9 @@ def _check_combination(args: argparse.Namespace) -> None:
         )
     if args.command is None:
         given = [
-            name for name in ("cwd", "user", "timeout", "tty", "interactive") if getattr(args, name)
+            name
+            for name in ("cwd", "user", "timeout", "tty", "interactive", "wait")
+            if getattr(args, name)
         ]
         if given or args.env:
             option = f"--{given[0]}" if given else "--env"
@@ -276,8 +279,10 @@ def _finish(
 ) -> int:
     name = connection["vm"]["name"]
     if execution is not None:
-        from banger.cli.vm_exec import execute
+        from banger.cli.vm_exec import execute, wait_for_services
 
+        if args.wait:
+            wait_for_services(connection, progress)
         progress.close()
         code = execute(connection, execution, json=args.json)
         if args.detach:
