@@ -247,7 +247,7 @@ def workspace_rows(user: Sandbox) -> Iterator[Row]:
             seconds.append(timed(step))
     yield at_most(
         f"workspace of {FILES} files in", statistics.median(spent[0]),
-        "`tar c | ssh tar x`", statistics.median(spent[1]), 1.0,
+        "`tar c` into `ssh tar x`", statistics.median(spent[1]), 1.0,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ class Progress:
     """
 
     def __init__(self, *, quiet: bool = False, json_lines: bool = False, prefix: str = "") -> None:
+        self.quiet = quiet
         self._json = json_lines
         self._plain = not quiet and not json_lines
         self._live = self._plain and output.is_terminal(sys.stderr) and output.wants_live()
@@ -91,6 +92,15 @@ class Progress:
         with self._guard:
             self._erase()
             output.warn(f"{self._prefix}{message}")
+
+    def notice(self, message: str) -> None:
+        """Say something above the line."""
+        if self._json:
+            output.write_json_line({"type": "notice", "message": message}, sys.stderr)
+        elif self._plain:
+            with self._guard:
+                self._erase()
+                output.notice(message)
 
     def handle(self, event: OperationEvent) -> None:
         """Show one event of the wire."""

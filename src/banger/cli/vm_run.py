@@ -87,7 +87,7 @@ def run_run(context: Context, args: argparse.Namespace) -> int:
     with Progress(quiet=args.quiet, json_lines=args.json) as progress:
         vm = _create(context, request, progress)
         with _deleted_at_end(context, vm["name"], wanted=args.rm):
-            _tell_emulation(context, vm, args)
+            _tell_emulation(context, vm, progress)
             with _deleted_on_failure(context, vm["name"], wanted=not args.rm):
                 connection = context.client.connect_vm(vm["name"])
                 if workspace is not None:
@@ -150,7 +150,7 @@ def _enter_again(context: Context, vm: Vm, args: argparse.Namespace) -> int:
         else:
             _say(args, f"{name} exists and is {vm['state']}: starting it")
             vm = follow(context.client, context.client.start_vm(name), progress)
-        _tell_emulation(context, vm, args)
+        _tell_emulation(context, vm, progress)
         connection = context.client.connect_vm(name)
         return _shell(context, connection, None, args, progress)
 
@@ -210,14 +210,13 @@ def _delete(context: Context, name: str) -> None:
         output.warn(f"{name} was not deleted: {error.message}")
 
 
-def _tell_emulation(context: Context, vm: Vm, args: argparse.Namespace) -> None:
+def _tell_emulation(context: Context, vm: Vm, progress: Progress) -> None:
     """Say once per user that VMs are emulated here, and why."""
     marker = os.path.join(context.paths.state_dir, _MARKER)
-    if vm["accel"] != "tcg" or args.quiet or os.path.exists(marker):
+    if vm["accel"] != "tcg" or progress.quiet or os.path.exists(marker):
         return
     reason = f": {vm['accel_reason']}" if vm["accel_reason"] else ""
-    _say(
-        args,
+    progress.notice(
         f"no usable KVM here, so VMs are emulated (tcg) and several times slower{reason}. "
         "This is said once; `banger doctor` tells more",
     )

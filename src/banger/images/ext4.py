@@ -15,14 +15,19 @@ import secrets
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import IO, Literal, ParamSpec, TypeVar
 
 from banger.errors import CommandFailed, Corrupted, InvalidInput, NoSpace
 from banger.events import EventSink, NullSink
 from banger.host.commands import HostCommands
-from banger.host.files import copy_sparse, make_private_directory, no_space_named
+from banger.host.files import (
+    allocated_bytes,
+    copy_sparse,
+    make_private_directory,
+    no_space_named,
+)
 from banger.host.locks import locked
 
 Strategy = Literal["tar", "stage"]
@@ -40,6 +45,8 @@ _UUID_SPACE = uuid.UUID("6f0c0b2e-4d6e-5b0a-9a43-62616e676572")
 _BLOCK_BYTES = 4096
 _MIN_SIZE_BYTES = 4 * 1024 * 1024
 _MKE2FS_TIMEOUT_S = 900
+_GROWTH_INTERVAL_S = 0.5
+_GROWTH_FLOOR_BYTES = 1024 * 1024
 _PROBED: dict[str, Strategy] = {}
 # Bumped when the options of `make_disk` change, so that old templates are not used.
 _DISK_TEMPLATE_VERSION = 2
@@ -114,6 +121,7 @@ async def build_ext4(
                 output=output,
                 stdin=stdin,
                 env=REPRODUCIBLE,
+                sink=sink,
             )
     else:
         from banger.images import staged  # only where e2fsprogs is old
@@ -128,6 +136,7 @@ async def build_ext4(
                 [*options, "-d", str(tree.root), str(output), f"{size_bytes // 1024}k"],
                 commands,
                 output=output,
+                sink=sink,
                 env={"E2FSPROGS_FAKE_TIME": str(SOURCE_DATE_EPOCH)},
             )
             await staged.apply_attributes(tree, output, commands=commands)
@@ -232,14 +241,16 @@ async def _mke2fs(
     output: Path,
     stdin: IO[bytes] | None = None,
     env: dict[str, str] | None = None,
+    sink: EventSink | None = None,
 ) -> None:
     with no_space_named(output.parent):
         fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.close(fd)
     try:
-        await commands.run(
-            ["mke2fs", *arguments], stdin=stdin, env=env, timeout_s=_MKE2FS_TIMEOUT_S
-        )
+        async with _growth_told(output, sink or NullSink()):
+            await commands.run(
+                ["mke2fs", *arguments], stdin=stdin, env=env, timeout_s=_MKE2FS_TIMEOUT_S
+            )
     except CommandFailed as error:
         output.unlink(missing_ok=True)
         said = error.stderr_tail
@@ -256,6 +267,26 @@ async def _mke2fs(
     except BaseException:
         output.unlink(missing_ok=True)
         raise
+
+
+@contextlib.asynccontextmanager
+async def _growth_told(path: Path, sink: EventSink) -> AsyncIterator[None]:
+    """Report what a file occupies while something else writes it."""
+
+    async def tell() -> None:
+        begun = allocated_bytes(path)
+        while True:
+            await asyncio.sleep(_GROWTH_INTERVAL_S)
+            # Inode tables come first, then nothing until the tar begins to flow.
+            if (now := allocated_bytes(path)) > begun + _GROWTH_FLOOR_BYTES:
+                sink.progress(now)
+
+    teller = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        teller.cancel()
+        await asyncio.gather(teller, return_exceptions=True)
 
 
 @contextlib.contextmanager
