@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from banger.guest import boot
 from banger.guest.transport import Endpoint, UnixListener, VirtioSerial
 
-ROOT = Path(__file__).resolve().parents[2]
 PORTS = 4
 
 
-def find_go() -> str | None:
-    for candidate in (os.environ.get("BANGER_GO"), shutil.which("go"), "/tmp/w/gov/bin/go"):
-        if candidate and os.access(candidate, os.X_OK):
-            return candidate
-    return None
-
-
 @pytest.fixture(scope="session")
-def agent_binary(tmp_path_factory: pytest.TempPathFactory) -> str:
-    given = os.environ.get("BANGER_AGENT")
-    if given:
-        return given
-    go = find_go()
-    if go is not None:
-        target = tmp_path_factory.mktemp("agent") / "banger-agent"
-        subprocess.run(
-            [go, "build", "-trimpath", "-o", str(target), "."],
-            cwd=ROOT / "agent",
-            env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"},
-            check=True,
-        )
-        return str(target)
-    built = ROOT / "src/banger/guest/bin/banger-agent"
-    if built.exists():
-        return str(built)
-    pytest.skip("no go and no built agent: run `make agent`")
+def agent_binary() -> str:
+    return os.environ.get("BANGER_AGENT") or str(boot.agent_binary())
 
 
 @pytest.fixture

@@ -174,3 +174,22 @@ def test_an_unreachable_archive_is_said(user: Sandbox) -> None:
     assert done.returncode == 125
     assert b"hint:" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(user: Sandbox) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes root")
+    # A file system of its own in a mount namespace of its own; the daemon starts inside.
+    script = f"""
+        mount -t tmpfs -o size=60m tmpfs {user.home}
+        {sys.executable} -m banger kernel pull generic-6.12; echo "status $?"
+        {sys.executable} -m banger daemon stop
+        ls {user.layout.data}/kernels {user.layout.data}/staging
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+        env=user.environment, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert b"status 125" in done.stdout
+    assert b"no space left" in done.stderr and b"hint:" in done.stderr
+    assert b"generic" not in done.stdout.split(b"status 125")[1]

@@ -153,8 +153,10 @@ class _DyingVmm(FakeVmm):
 
 async def test_a_vmm_that_dies_at_start_leaves_nothing_and_shows_its_log(root: Path) -> None:
     parts = await Parts(root, _DyingVmm()).open()
-    with pytest.raises(VmmFailed, match="ended while booting"):
+    with pytest.raises(VmmFailed, match="ended while booting") as caught:
         await parts.vms.create({"name": "box", "start": True}, SINK)
+    assert str(parts.layout.last_failed_boot) in caught.value.hint
+    assert (parts.layout.last_failed_boot / "console.log").read_text() == "fake console\n"
     assert await parts.vms.all() == []
     assert _left(parts) == []
     await parts.close()

@@ -36,6 +36,9 @@ class FakeVmm:
         """Return its sockets."""
         return VirtioSerial(directory=str(runtime), ports=_PORTS)
 
+    def check(self) -> None:
+        """It is always there."""
+
     async def start(self, spec: VmSpec) -> ProcessIdentity:
         """Start the agent; a missing kernel fails it as it would fail a VMM."""
         for path in (spec.kernel, spec.initramfs, spec.base_disk, spec.own_disk):

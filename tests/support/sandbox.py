@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from banger.client import connection
+from banger.errors import BangerError
 from banger.host.process import ProcessIdentity, find_by_argument
 from banger.paths import find_paths
 from banger.store.layout import Layout
@@ -108,9 +111,21 @@ class Sandbox:
         kept = EVIDENCE / test.replace("/", "_")
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
-        for pattern in ("state/banger/*.log*", "share/banger/vms/*/*.log"):
+        for pattern in (
+            "state/banger/*.log*",
+            "state/banger/last-failed-boot/*",
+            "share/banger/vms/*/*.log",
+        ):
             for path in (self.home / ".local").glob(pattern):
                 shutil.copy(path, kept / f"{path.parent.name}-{path.name}")
+        with contextlib.suppress(BangerError), open(kept / "events.jsonl", "w") as events:
+            socket_path = str(self.layout.api_socket)
+            for operation in connection.send(socket_path, "GET", "/v1/operations").body:
+                events.write(json.dumps(operation) + "\n")
+                if operation["status"] != "running":
+                    path = f"/v1/operations/{operation['id']}/events"
+                    for event in connection.stream(socket_path, path):
+                        events.write(json.dumps(event) + "\n")
 
     def close(self) -> None:
         """End the daemon and every VMM of this user, and remove its HOME."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 EXIT_FAILURE = 125
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 _HELP_FLAGS = ("-h", "--help")
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader is gone (`| head`): what is buffered must not be tried again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+        return EXIT_BROKEN_PIPE
     except SystemExit as leaving:  # argparse's --help
         return leaving.code if isinstance(leaving.code, int) else 0
     except Exception as error:  # noqa: BLE001 - the last resort: a sentence, no traceback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,32 @@ from banger.services.artifacts import Wire
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSource:
-    """Images of the catalog and of the store."""
+class _Source:
+    """What both kinds need: where artifacts live, how programs run, which mirror."""
 
     data_dir: Path
     cache_dir: Path
     commands: HostCommands
     mirror: str | None
-    kind: str = "image"
+
+    async def _make(
+        self, maker: Callable[..., Awaitable[object]], name: str, sink: EventSink, *, force: bool
+    ) -> None:
+        await maker(
+            name,
+            data_dir=self.data_dir,
+            cache_dir=self.cache_dir,
+            commands=self.commands,
+            sink=sink,
+            mirror=self.mirror,
+            force=force,
+        )
+
+
+class ImageSource(_Source):
+    """Images of the catalog and of the store."""
+
+    kind = "image"
 
     def catalog(self) -> list[str]:
         """Return the names that can be pulled."""
@@ -40,30 +59,17 @@ class ImageSource:
 
     async def pull(self, name: str, sink: EventSink, *, force: bool) -> None:
         """Build and install the image."""
-        await images.pull_image(
-            name,
-            data_dir=self.data_dir,
-            cache_dir=self.cache_dir,
-            commands=self.commands,
-            sink=sink,
-            mirror=self.mirror,
-            force=force,
-        )
+        await self._make(images.pull_image, name, sink, force=force)
 
     def delete(self, name: str) -> None:
         """Remove the image."""
         images.delete_image(self.data_dir, name)
 
 
-@dataclass(frozen=True, slots=True)
-class KernelSource:
+class KernelSource(_Source):
     """Kernels of the catalog and of the store."""
 
-    data_dir: Path
-    cache_dir: Path
-    commands: HostCommands
-    mirror: str | None
-    kind: str = "kernel"
+    kind = "kernel"
 
     def catalog(self) -> list[str]:
         """Return the names that can be pulled."""
@@ -82,15 +88,7 @@ class KernelSource:
 
     async def pull(self, name: str, sink: EventSink, *, force: bool) -> None:
         """Fetch and install the kernel."""
-        await kernels.pull_kernel(
-            name,
-            data_dir=self.data_dir,
-            cache_dir=self.cache_dir,
-            commands=self.commands,
-            sink=sink,
-            mirror=self.mirror,
-            force=force,
-        )
+        await self._make(kernels.pull_kernel, name, sink, force=force)
 
     def delete(self, name: str) -> None:
         """Remove the kernel."""

@@ -77,7 +77,12 @@ class ArtifactService:
             await asyncio.to_thread(self._source.wire, name)
             return
         await self._need_known(name)
-        await self._pulls.run(name, sink, lambda all_: self._source.pull(name, all_, force=False))
+        await self._pulls.run(name, sink, lambda all_: self._pull_absent(name, all_))
+
+    async def _pull_absent(self, name: str, sink: EventSink) -> None:
+        # Asked again: another pull may have ended since the caller looked.
+        if name not in await asyncio.to_thread(self._source.installed):
+            await self._source.pull(name, sink, force=False)
 
     async def pull(self, name: str, sink: EventSink, *, force: bool) -> Wire:
         """Have an artifact installed; with `force`, made anew unless a VM uses it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import threading
 from collections import defaultdict
@@ -187,7 +188,8 @@ class VmService:
             owner_pid=request.get("owner_pid"),
             owner_start=_owner_start(request.get("owner_pid")),
         )
-        choose_vmm(row.vmm, self._kvm)
+        # Before minutes of pulling: can this host run it at all.
+        self._vmms[choose_vmm(row.vmm, self._kvm).vmm].check()
         # Both at once: the kernel is small and waits for nobody.
         await asyncio.gather(
             self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink)
@@ -200,10 +202,20 @@ class VmService:
             return self._wire(row)
         try:
             return await self.start(row.id, sink)
-        except BaseException:
-            # A `vm run` that did not come up leaves nothing behind: its VM never ran.
-            await self.delete(row.id)
+        except BaseException as error:
+            # A `vm run` that did not come up leaves nothing behind but what tells why.
+            await asyncio.to_thread(self._keep_logs, self._layout.vm(row.id))
+            if isinstance(error, VmmFailed | TimedOut):
+                error.hint = f"its console and log: {self._layout.last_failed_boot}"
+            with contextlib.suppress(NotFound):  # deleted by somebody else meanwhile
+                await self.delete(row.id)
             raise
+
+    def _keep_logs(self, vm_files: VmFiles) -> None:
+        kept = files.make_private_directory(self._layout.last_failed_boot)
+        for log_file in (vm_files.console_log, vm_files.vmm_log):
+            with contextlib.suppress(OSError):
+                os.replace(log_file, kept / log_file.name)
 
     async def _make(self, row: VmRow) -> VmRow:
         """Make a VM's files under a row that says so; on failure neither is left."""
@@ -412,7 +424,7 @@ class VmService:
     async def finish_stop(self, row: VmRow, timeout_s: float, sink: EventSink) -> VmRow:
         """Carry out a stop that is on record."""
         process, vmm_name = row.process, row.running_vmm
-        reason = "stopped on request"
+        killed = ""
         if process is not None and vmm_name is not None:
             vmm = self._vmms[vmm_name]
             try:
@@ -423,13 +435,16 @@ class VmService:
                         timeout_s=min(timeout_s, 15.0),
                     )
                     await process.wait()
-            except (TimeoutError, BangerError) as error:
-                if process.alive():
-                    reason = f"killed: it did not stop within {timeout_s:g} s"
-                    sink.warning(f"{row.name} was {reason}")
-                    log.warning("stop %s: %s", row.name, error, extra={"vm": row.id})
+            except TimeoutError:
+                killed = f"killed: it did not stop within {timeout_s:g} s"
+            except BangerError as error:
+                killed = f"killed: its agent did not take the request ({error.message})"
+            if not process.alive():
+                killed = ""  # it was faster than its own answer
+            if killed:
+                sink.warning(f"{row.name} was {killed}")
             await vmm.kill(process)
-        return await self._release(row, reason)
+        return await self._release(row, killed or "stopped on request")
 
     async def restart(self, name: str, sink: EventSink, timeout_s: float | None = None) -> Vm:
         """Stop and start a VM."""

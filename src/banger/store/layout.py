@@ -21,6 +21,8 @@
 <config>/config.toml
 <config>/ssh/                         id_ed25519{,.pub}, known_hosts, config
 <state>/bangerd.log                   JSON lines, rotated at 4 MiB, one old file kept
+<state>/last-failed-boot/             console.log and vmm.log of the last VM that was made and
+                                      did not come up: the VM itself is gone
 <cache>/                              all of it can be made again
 """
 
@@ -124,6 +126,11 @@ class Layout:
     def daemon_log(self) -> Path:
         """The daemon's log."""
         return self.state / "bangerd.log"
+
+    @property
+    def last_failed_boot(self) -> Path:
+        """Where the logs of a VM go that did not survive its making."""
+        return self.state / "last-failed-boot"
 
     @property
     def known_hosts(self) -> Path:

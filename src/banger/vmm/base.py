@@ -58,6 +58,9 @@ class Vmm(Protocol):
     name: str
     capabilities: VmmCapabilities
 
+    def check(self) -> None:
+        """Raise Unavailable when the VMM's program is not installed."""
+
     async def start(self, spec: VmSpec) -> ProcessIdentity:
         """Start a VMM and return its process as soon as its sockets answer.
 

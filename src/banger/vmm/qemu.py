@@ -47,6 +47,10 @@ class Qemu:
         """Return the VM's pool of virtio-serial ports."""
         return VirtioSerial(directory=str(runtime), ports=STREAM_PORTS)
 
+    def check(self) -> None:
+        """Raise Unavailable when QEMU is not installed."""
+        self._commands.need(self._binary)
+
     async def start(self, spec: VmSpec) -> ProcessIdentity:
         """Start QEMU and wait for its QMP socket; see `Vmm.start`."""
         if len(os.fsencode(str(spec.runtime / "qmp.sock"))) > _SUN_PATH_BYTES:
