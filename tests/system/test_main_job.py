@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -100,6 +102,43 @@ def test_a_terminal_is_a_real_one(vm: Sandbox) -> None:
     )  # fmt: skip
     assert b"/dev/pts/" in done.stdout, done
     assert b"33 77" in done.stdout
+
+
+def _on_a_terminal(user: Sandbox, *words: str, typed: bytes) -> tuple[int, bytes]:
+    """Run a command on a pty, type when it shows a prompt, and return its status and screen."""
+    master, slave = pty.openpty()
+    running = subprocess.Popen(
+        user.command(*words), stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        env={**user.environment, "TERM": "xterm"}, cwd=user.home,
+    )  # fmt: skip
+    os.close(slave)
+    screen = b""
+    deadline = time.monotonic() + 300
+    while True:
+        ready, _, _ = select.select([master], [], [], 1)
+        assert time.monotonic() < deadline, screen
+        if ready:
+            try:
+                screen += os.read(master, 65536)
+            except OSError:  # EIO: the other end is closed
+                break
+        if typed and b"# " in screen:
+            os.write(master, typed)
+            typed = b""
+    os.close(master)
+    return running.wait(60), screen
+
+
+def test_a_shell_is_entered_left_and_entered_again(vm: Sandbox) -> None:
+    for _ in range(2):
+        status, screen = _on_a_terminal(
+            vm, "vm", "run", "--name", VM, typed=b"tty; hostname -s; exit 3\n"
+        )
+        assert status == 3, screen
+        assert b"/dev/pts/" in screen and b"sandbox\r\n" in screen
+        assert b"`banger vm ssh sandbox` comes back" in screen
+        assert b"`banger vm delete sandbox`" in screen
+    assert vm.json("vm", "show", VM)["state"] == "running"
 
 
 def test_ssh_runs_a_command_with_our_own_key_and_known_host(vm: Sandbox) -> None:
@@ -254,6 +293,20 @@ def test_a_guest_that_powers_off_is_seen_as_stopped(vm: Sandbox) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.5)
     vm.ok("vm", "start", VM)
+
+
+def test_a_disk_grows_inside_too_and_users_lines_stay(vm: Sandbox) -> None:
+    vm.ok("vm", "exec", VM, "--", "sh", "-c", "echo 192.0.2.1 mine >> /etc/hosts")
+    before = int(vm.ok("vm", "exec", VM, "--", "df", "--output=size", "/").split()[-1])
+    vm.ok("vm", "stop", VM)
+    size = vm.json("vm", "show", VM)["disk_size_bytes"]
+    vm.ok("vm", "set", VM, "--disk-size", str(size * 2))
+    vm.ok("vm", "start", VM)
+    after = int(vm.ok("vm", "exec", VM, "--", "df", "--output=size", "/").split()[-1])
+    assert after > 1.9 * before
+    hosts = vm.ok("vm", "exec", VM, "--", "cat", "/etc/hosts").decode()
+    assert "192.0.2.1 mine" in hosts
+    assert hosts.count("127.0.1.1") == 1
 
 
 def test_a_vm_whose_disk_was_removed_says_so(vm: Sandbox) -> None:

@@ -13,7 +13,7 @@ import os
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -482,9 +482,7 @@ class VmService:
     def _watch(self, row: VmRow) -> None:
         """Follow a running VM until its VMM ends."""
         if row.id not in self._watches and row.process is not None:
-            task = asyncio.create_task(self._follow(row.id, row.process))
-            self._watches[row.id] = task
-            task.add_done_callback(lambda _: self._watches.pop(row.id, None))
+            self._background(row.id, self._follow(row.id, row.process))
 
     async def _follow(self, vm_id: str, process: ProcessIdentity) -> None:
         vm_files = self._layout.vm(vm_id)
@@ -515,9 +513,7 @@ class VmService:
                 await self.delete(row.id)
                 log.info("%s deleted: its owner is gone", row.name, extra={"vm": row.id})
 
-        task = asyncio.create_task(follow())
-        self._watches[f"{row.id} owner"] = task
-        task.add_done_callback(lambda _: self._watches.pop(f"{row.id} owner", None))
+        self._background(f"{row.id} owner", follow())
 
     async def close(self) -> None:
         """Stop watching; VMs go on."""
@@ -531,25 +527,28 @@ class VmService:
     async def readopt(self, row: VmRow) -> None:
         """Take a VM on record as running, starting or stopping up again, or roll it back."""
         process, vmm_name = row.process, row.running_vmm
-        runtime = self._layout.vm(row.id).runtime
-        alive = (
-            process is not None
-            and vmm_name is not None
-            and await self._vmms[vmm_name].adopt(runtime, process)
-        )
-        if not alive or process is None or vmm_name is None:
-            if process is not None:
-                process.kill()
+        if process is None or vmm_name is None or not process.alive():
             await self._release(row, "ended while banger's daemon was away")
         elif row.state == "running":
-            log.info("%s adopted", row.name, extra={"vm": row.id})
             self._watch(row)
+            self._background(f"{row.id} adopt", self._tell_adopted(row, process, vmm_name))
         else:
             # A start or stop that was under way: carry it through behind the first requests.
-            task = asyncio.create_task(self._resume_step(row, process, vmm_name))
-            self._watches[f"{row.id} step"] = task
-            task.add_done_callback(lambda _: self._watches.pop(f"{row.id} step", None))
+            self._background(f"{row.id} step", self._resume_step(row, process, vmm_name))
         self._watch_owner(row)
+
+    async def _tell_adopted(self, row: VmRow, process: ProcessIdentity, vmm_name: str) -> None:
+        # Boot id, pid and start time say that it is ours. One that is too busy for its control
+        # socket is no reason to end a machine somebody works in.
+        answers = await self._vmms[vmm_name].adopt(self._layout.vm(row.id).runtime, process)
+        said = "" if answers else "; its VMM does not answer on the control socket"
+        log.info("%s adopted%s", row.name, said, extra={"vm": row.id})
+
+    def _background(self, key: str, step: Coroutine[None, None, None]) -> None:
+        """Run a step that `close` ends."""
+        task = asyncio.create_task(step)
+        self._watches[key] = task
+        task.add_done_callback(lambda _: self._watches.pop(key, None))
 
     async def readopt_stopped(self, row: VmRow) -> None:
         """Take up a VM on record as stopped: an ephemeral one still has an owner to watch."""
