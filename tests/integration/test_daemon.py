@@ -159,7 +159,8 @@ def test_a_pull_that_is_interrupted_leaves_nothing_and_can_be_tried_again(user: 
     pulling = user.popen("kernel", "pull", "generic-6.12")
     while not any(path.is_dir() for path in staging.iterdir()):
         time.sleep(0.02)
-    (daemon,) = _daemons(user)
+    daemon = user.daemon_pid()  # not by its command line: a child between fork and exec has it too
+    assert daemon is not None
     os.kill(daemon, signal.SIGKILL)
     _, err = pulling.communicate(timeout=60)
     assert pulling.returncode == 125, err
