@@ -48,6 +48,26 @@ class EventSink(Protocol):
         """Report something that does not stop the operation."""
 
 
+class NamedSink:
+    """Puts the name of what is made before each stage: two things may be made at once."""
+
+    def __init__(self, sink: EventSink, name: str) -> None:
+        self._sink = sink
+        self._name = name
+
+    def stage(self, stage: str) -> None:
+        """Repeat it with the name before it."""
+        self._sink.stage(f"{self._name}: {stage}")
+
+    def progress(self, done_bytes: int, total_bytes: int = 0) -> None:
+        """Repeat it."""
+        self._sink.progress(done_bytes, total_bytes)
+
+    def warning(self, message: str) -> None:
+        """Repeat it."""
+        self._sink.warning(message)
+
+
 class NullSink:
     """Drops every event."""
 

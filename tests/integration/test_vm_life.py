@@ -197,7 +197,7 @@ async def test_a_vm_that_ends_by_itself_is_seen_as_stopped(parts: Parts) -> None
     async with asyncio.timeout(20):
         while (await parts.vms.get("box"))["state"] != "stopped":
             await asyncio.sleep(0.02)
-    assert "ended by itself" in (await parts.vms.get("box"))["state_reason"]
+    assert "its VMM ended: ready" in (await parts.vms.get("box"))["state_reason"]
     assert not (parts.layout.runtime_vms / vm["id"]).exists()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
 from banger.errors import Conflict, Corrupted, NotFound, nearest
-from banger.events import EventSink
+from banger.events import EventSink, NamedSink
 from banger.services.operations import SharedSteps
 
 UsedBy = Callable[[str], Awaitable[list[str]]]
@@ -82,7 +82,11 @@ class ArtifactService:
     async def _pull_absent(self, name: str, sink: EventSink) -> None:
         # Asked again: another pull may have ended since the caller looked.
         if name not in await asyncio.to_thread(self._source.installed):
-            await self._source.pull(name, sink, force=False)
+            await self._make(name, sink, force=False)
+
+    async def _make(self, name: str, sink: EventSink, *, force: bool) -> None:
+        named = NamedSink(sink, f"{self._source.kind} {name}")
+        await self._source.pull(name, named, force=force)
 
     async def pull(self, name: str, sink: EventSink, *, force: bool) -> Wire:
         """Have an artifact installed; with `force`, made anew unless a VM uses it."""
@@ -91,7 +95,7 @@ class ArtifactService:
             return await self._describe(name)
         await self._need_known(name)
         await self._need_unused(name, "replaced")
-        await self._pulls.run(name, sink, lambda all_: self._source.pull(name, all_, force=True))
+        await self._pulls.run(name, sink, lambda all_: self._make(name, all_, force=True))
         return await self._describe(name)
 
     async def delete(self, name: str) -> None:

@@ -499,7 +499,7 @@ class VmService:
                 if row.state == "running" and row.process == process:
                     if row.running_vmm is not None:
                         await self._vmms[row.running_vmm].kill(process)  # reaps it
-                    await self._release(row, f"ended by itself: {_last_words(vm_files)}")
+                    await self._release(row, _why_ended(vm_files))
 
     def _watch_owner(self, row: VmRow) -> None:
         """Delete an ephemeral VM when the command line that made it is gone."""
@@ -648,6 +648,15 @@ def _last_words(vm_files: VmFiles) -> str:
     """Return what explains an end best: the VMM's own words, else the console's."""
     path = vm_files.vmm_log if _size(vm_files.vmm_log) else vm_files.console_log
     return files.last_lines(path)
+
+
+def _why_ended(vm_files: VmFiles) -> str:
+    """Say why a running VM ended: a guest's own shutdown needs no console lines to explain it."""
+    if _size(vm_files.vmm_log):
+        return f"its VMM ended: {files.last_lines(vm_files.vmm_log)}"
+    console = files.last_lines(vm_files.console_log, count=40)
+    panic = console.find("Kernel panic")
+    return f"its kernel: {console[panic:][:200]}" if panic >= 0 else "the guest shut down by itself"
 
 
 def _size(path: Path) -> int:

@@ -30,6 +30,13 @@ def probe_kvm(device: str = "/dev/kvm", cpuinfo: str | None = None) -> KvmProbe:
     A paravirtual KVM (KVM-PVM) passes the first two and then crashes any stock kernel, so the
     CPU's own flags decide.
     """
+    flags = _cpu_flags(Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo)
+    if os.path.exists(device) and not flags & {"vmx", "svm"}:
+        # First: neither permission nor ioctl mends this.
+        return KvmProbe(
+            False,
+            f"the CPU shows no vmx or svm: {device} is paravirtual and cannot run our kernels",
+        )
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -41,12 +48,6 @@ def probe_kvm(device: str = "/dev/kvm", cpuinfo: str | None = None) -> KvmProbe:
         return KvmProbe(False, f"{device} makes no VM: {error.strerror}")
     finally:
         os.close(fd)
-    flags = _cpu_flags(Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo)
-    if not flags & {"vmx", "svm"}:
-        return KvmProbe(
-            False,
-            f"the CPU shows no vmx or svm: {device} is paravirtual and cannot run our kernels",
-        )
     return KvmProbe(True, f"{device} is usable")
 
 
