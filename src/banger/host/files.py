@@ -7,6 +7,7 @@ reflink copies, and the mapping of ENOSPC to a designed error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -18,6 +19,9 @@ from pathlib import Path
 from banger.errors import NoSpace
 
 _FICLONE = 0x40049409  # linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def fsync_directory(path: Path) -> None:
@@ -76,6 +80,16 @@ def copy_sparse(source: Path, destination: Path, *, mode: int = 0o600) -> None:
                     if count == 0:
                         break
                     offset += count
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two paths of one file system change places in one step (renameat2(2))."""
+    done = _LIBC.renameat2(
+        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
+    )
+    if done != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:

@@ -35,6 +35,7 @@ from banger.errors import Conflict, Corrupted, InvalidInput, NotFound, nearest
 from banger.host.files import (
     allocated_bytes,
     data_extents,
+    exchange,
     fsync_directory,
     make_private_directory,
     no_space_named,
@@ -180,8 +181,8 @@ def install(
 ) -> None:
     """Make a staged directory durable and rename it to its place.
 
-    Without `force` an artifact that is there already raises Conflict. With it the old one
-    is moved aside first; a machine that runs from the old files keeps them open.
+    Without `force` an artifact that is there already raises Conflict. With it the two change
+    places in one step, so that a crash leaves one of them; the old one goes with the staging.
     """
     target = artifact_directory(data_dir, kind, manifest.name)
     write_atomic(
@@ -205,8 +206,9 @@ def install(
                 f"{kind} {manifest.name} is installed already",
                 hint=f"`banger {kind} pull --force {manifest.name}` replaces it",
             )
-        _move_aside(target, data_dir, kind, manifest.name)
-    os.rename(staged, target)
+        exchange(staged, target)
+    else:
+        os.rename(staged, target)
     fsync_directory(target.parent)
 
 
@@ -215,14 +217,9 @@ def delete(data_dir: Path, kind: Kind, name: str) -> None:
     target = artifact_directory(data_dir, kind, name)
     if not os.path.lexists(target):
         raise _not_found(data_dir, kind, name)
-    _move_aside(target, data_dir, kind, name)
+    aside = make_private_directory(data_dir / "staging") / f"{kind}-{name}-{secrets.token_hex(4)}"
+    os.rename(target, aside)  # gone in one step; a crash from here on leaves work for the sweep
     fsync_directory(target.parent)
-
-
-def _move_aside(target: Path, data_dir: Path, kind: Kind, name: str) -> None:
-    base = make_private_directory(data_dir / "staging")
-    aside = base / f"{kind}-{name}-{secrets.token_hex(4)}"
-    os.rename(target, aside)
     remove_tree(aside)
 
 

@@ -54,7 +54,7 @@ class Operation:
         self._add({"type": "stage", "stage": stage})
 
     def progress(self, done_bytes: int, total_bytes: int = 0) -> None:
-        """Report bytes done; at most ten a second are kept, and a newer replaces an older."""
+        """Report bytes done; at most ten a second are kept."""
         now = time.monotonic()
         finished = total_bytes and done_bytes >= total_bytes
         if now - self._last_progress < _PROGRESS_INTERVAL_S and not finished:
