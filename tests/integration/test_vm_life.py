@@ -110,6 +110,25 @@ async def test_an_unknown_image_is_refused_with_the_nearest(parts: Parts) -> Non
     assert "from-catalog" in caught.value.hint
 
 
+async def test_an_unknown_kernel_ends_the_pull_of_the_image_too(parts: Parts) -> None:
+    begun = asyncio.Event()
+    ended = False
+
+    async def pull(name: str, sink: object, *, force: bool) -> None:
+        nonlocal ended
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended = True
+
+    parts.image_source.pull = pull  # type: ignore[method-assign,assignment]
+    with pytest.raises(NotFound, match="no kernel"):
+        await parts.vms.create({"image": "from-catalog", "kernel": "nothing"}, SINK)
+    assert ended == begun.is_set()
+    assert _left(parts) == []
+
+
 async def test_an_absent_image_is_pulled_once_for_two_vms_at_once(parts: Parts) -> None:
     await asyncio.gather(
         parts.vms.create({"image": "from-catalog"}, SINK),

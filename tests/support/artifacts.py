@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
+import time
 from pathlib import Path
 
 import banger
@@ -20,6 +22,8 @@ from banger.host.locks import locked
 _PACKAGE = Path(banger.__file__).parent
 # What decides the bytes of an artifact: its recipe and its makers.
 _MAKERS = ("catalog", "images", "kernels")
+# A store of another day's recipe is a gigabyte nobody reads any more.
+_KEPT_S = 2 * 86400.0
 
 
 def cache_root() -> Path:
@@ -37,6 +41,10 @@ def artifact_store() -> Path:
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     root = cache_root() / f"artifacts-{digest.hexdigest()[:16]}"
     root.mkdir(parents=True, exist_ok=True)
+    os.utime(root)
+    for other in cache_root().glob("artifacts-*"):
+        if other.stat().st_mtime < time.time() - _KEPT_S:
+            shutil.rmtree(other, ignore_errors=True)
     return root
 
 

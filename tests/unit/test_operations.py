@@ -9,7 +9,7 @@ import pytest
 
 from banger.errors import InvalidInput, NotFound
 from banger.events import EventSink, NullSink
-from banger.services.operations import Operation, OperationManager, SharedSteps
+from banger.services.operations import Operation, OperationManager, SharedSteps, together
 
 
 async def _events(operation: Operation) -> list[dict[str, Any]]:
@@ -86,6 +86,26 @@ class _Sink(NullSink):
 
     def stage(self, stage: str) -> None:
         self.stages.append(stage)
+
+
+async def test_the_first_failure_of_steps_side_by_side_ends_the_others_before_it_is_told() -> None:
+    swept = False
+
+    async def long() -> None:
+        nonlocal swept
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            swept = True
+
+    async def bad() -> None:
+        await asyncio.sleep(0)
+        raise InvalidInput("no")
+
+    with pytest.raises(InvalidInput):
+        await together(long(), bad())
+    assert swept
 
 
 async def test_equal_steps_run_once_and_share_progress_and_result() -> None:

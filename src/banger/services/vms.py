@@ -41,6 +41,7 @@ from banger.host.process import ProcessIdentity, boot_id
 from banger.services.artifacts import ArtifactService
 from banger.services.boot import BootFiles
 from banger.services.identity import IdentityService
+from banger.services.operations import together
 from banger.services.vm_states import check_transition
 from banger.store.layout import Layout, VmFiles
 from banger.store.vms import VmRepository, VmRow
@@ -191,9 +192,7 @@ class VmService:
         # Before minutes of pulling: can this host run it at all.
         self._vmms[choose_vmm(row.vmm, self._kvm).vmm].check()
         # Both at once: the kernel is small and waits for nobody.
-        await asyncio.gather(
-            self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink)
-        )
+        await together(self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink))
         sink.stage(f"create {name}")
         async with self._locks[row.id]:
             row = await self._make(row)
@@ -224,7 +223,7 @@ class VmService:
         try:
             with files.no_space_named(self._layout.vms):
                 files.make_private_directory(vm_files.directory)
-                await asyncio.gather(
+                await together(
                     self._boot.make_disk(vm_files.disk, row.disk_size_bytes),
                     self._identity.make_host_key(vm_files.host_key),
                 )
@@ -316,7 +315,7 @@ class VmService:
                     hint=f"put it back, or `banger vm delete {row.name}`",
                 )
             choice = choose_vmm(row.vmm, self._kvm)
-            await asyncio.gather(self._images.check(row.image), self._kernels.check(row.kernel))
+            await together(self._images.check(row.image), self._kernels.check(row.kernel))
             authorized_key = await self._identity.authorized_key()
             for attempt in range(1, _BOOT_TRIES + 1):
                 row = await self._rows.update(
