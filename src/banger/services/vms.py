@@ -44,7 +44,7 @@ from banger.services.identity import IdentityService
 from banger.services.operations import together
 from banger.services.vm_states import check_transition
 from banger.store.layout import Layout, VmFiles
-from banger.store.vms import VmRepository, VmRow
+from banger.store.vms import VmRepository, VmRow, name_taken
 from banger.types import (
     HostLimits,
     check_disk_size,
@@ -167,7 +167,7 @@ class VmService:
         name = request.get("name") or generate_name(taken)
         check_vm_name(name)
         if name in taken:
-            await self._refuse_taken(name)
+            raise name_taken(name)
         row = VmRow(
             id=secrets.token_hex(6),
             name=name,
@@ -571,13 +571,6 @@ class VmService:
         """Hold a VM's lock and its row as it is under that lock."""
         async with self._locks[vm_id]:
             yield await self._rows.find(vm_id)
-
-    async def _refuse_taken(self, name: str) -> None:
-        raise Conflict(
-            f"a VM named {name} exists already",
-            hint=f"enter it with `banger vm ssh {name}`, delete it with `banger vm delete {name}`, "
-            "or choose another --name",
-        )
 
     def _wire(self, row: VmRow) -> Vm:
         vm_files = self._layout.vm(row.id)

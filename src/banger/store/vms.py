@@ -82,7 +82,7 @@ class VmRepository:
                 )
             )
         except sqlite3.IntegrityError as error:
-            raise _name_taken(row.name) from error
+            raise name_taken(row.name) from error
 
     async def update(self, row: VmRow) -> VmRow:
         """Write a row back whole and return it; raise Conflict when its new name is taken."""
@@ -95,7 +95,7 @@ class VmRepository:
                 )
             )
         except sqlite3.IntegrityError as error:
-            raise _name_taken(row.name) from error
+            raise name_taken(row.name) from error
         return row
 
     async def delete(self, vm_id: str) -> None:
@@ -124,7 +124,8 @@ class VmRepository:
         )
 
 
-def _name_taken(name: str) -> Conflict:
+def name_taken(name: str) -> Conflict:
+    """Return the error for a name that another VM has."""
     return Conflict(
         f"a VM named {name} exists already",
         hint=f"enter it with `banger vm ssh {name}`, delete it with `banger vm delete {name}`, "

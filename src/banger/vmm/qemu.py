@@ -117,12 +117,6 @@ class Qemu:
         else:
             await process.wait()
 
-    def reap(self, process: ProcessIdentity) -> None:
-        """Collect a child that ended by itself."""
-        child = self._children.pop(process.pid, None)
-        if child is not None:
-            child.wait()
-
     async def _end_child(self, child: subprocess.Popen[bytes]) -> None:
         self._children.pop(child.pid, None)
         with contextlib.suppress(ProcessLookupError):
