@@ -4,10 +4,10 @@ BANGER_SKIP_PACKAGES ?=
 export PREFIX BANGER_SKIP_PACKAGES
 PYTHON = .venv/bin/python
 
-.PHONY: help install uninstall agent venv fmt check test bench lock clean
+.PHONY: help install uninstall agent venv fmt check test test-lab bench lock clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: ## host packages, the agent, and banger itself (PREFIX=/usr/local as root, else ~/.local)
 	@scripts/install.sh
@@ -30,6 +30,9 @@ check: venv agent ## format, lint, types, layers, shell, Go's checks, unit, cont
 
 test: ## everything, on a machine that may have nothing yet
 	@scripts/test.sh
+
+test-lab: ## the tests that need KVM or Firecracker, in a lab machine of our own
+	@scripts/test.sh tests/lab
 
 bench: venv agent ## measure, and write docs/benchmarks.md
 	$(PYTHON) -m benchmarks.run

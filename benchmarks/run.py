@@ -152,7 +152,7 @@ class BareVm:
         await database.close()
         vm_files = layout.vm(row.id)
         vm_files.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        boot = BootFiles(layout, HostCommands(), ())
+        boot = BootFiles(layout, HostCommands())
         spec = await boot.prepare(row, vm_files, choose_vmm("auto", probe_kvm()), "ssh-ed25519 AA")
         # A disk that was never booted, as the cold run has.
         fresh = replace(spec, own_disk=vm_files.directory / "fresh.ext4")

@@ -10,6 +10,8 @@ packages=(
     debian-archive-keyring   # what that archive is verified with
     openssh-client git ca-certificates
     uidmap                   # newuidmap: mmdebstrap without root
+    passt                    # the user network, without root
+    iproute2 nftables        # the bridge network: bridge, taps, rules
     python3 python3-venv
 )
 # busybox is the smallest guest the tests boot; cpio reads our initramfs back.

@@ -14,7 +14,8 @@ import tomllib
 import msgspec
 
 from banger.errors import InvalidInput, nearest
-from banger.types import parse_size
+from banger.network.plan import parse_bridge
+from banger.types import NETWORK_MODES, parse_size
 
 CONFIG_NAME = "config.toml"
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -26,6 +27,7 @@ class VmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vcpu: int | None = None
     memory: str | int | None = None
     disk_size: str | int | None = None
+    boot_timeout_s: float | None = None
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +40,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ssh_key_path: str = ""
     qemu_bin: str = "qemu-system-x86_64"
     firecracker_bin: str = "firecracker"
+    firecracker_base_url: str = (
+        "https://github.com/firecracker-microvm/firecracker/releases/download"
+    )
+    jailer_bin: str = "jailer"
+    jailer_enabled: bool = True
+    jailer_uid_base: int = 1_900_000_000
     debian_mirror: str = ""
     default_dns: list[str] = []
     log_level: str = "info"
@@ -46,6 +54,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bridge_ip: str = "172.16.0.1"
     cidr: str = "172.16.0.0/24"
     tap_pool_size: int = 4
+    bridge_nat: bool = True
+    bridge_isolation: bool = True
+    dns_listen_addr: str = "127.0.0.1:15353"
     vm: VmConfig = VmConfig()
 
 
@@ -111,22 +122,32 @@ def _check_values(config: Config, path: str) -> None:
 
     if config.vmm not in ("auto", "qemu", "firecracker"):
         refuse("vmm", f"{config.vmm!r} is not auto, qemu or firecracker")
-    if config.network not in ("user", "none"):
-        refuse("network", f"{config.network!r} is not user or none")
+    if config.network not in NETWORK_MODES:
+        refuse("network", f"{config.network!r} is not one of {', '.join(NETWORK_MODES)}")
     if config.log_level not in _LOG_LEVELS:
         refuse("log_level", f"{config.log_level!r} is not one of {', '.join(_LOG_LEVELS)}")
     if not 0 <= config.tap_pool_size <= 64:
         refuse("tap_pool_size", "0 to 64")
-    # IFNAMSIZ is 16 with the closing NUL (linux/if.h).
-    if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,15}", config.bridge_name):
-        refuse("bridge_name", "1 to 15 of a-z, 0-9, '_', '.', '-'")
     try:
-        ipaddress.ip_address(config.bridge_ip)
-        ipaddress.ip_network(config.cidr)
+        parse_bridge(config.bridge_name, config.bridge_ip, config.cidr)
+    except InvalidInput as error:
+        refuse("bridge_name, bridge_ip or cidr", error.message)
+    try:
         for server in config.default_dns:
             ipaddress.ip_address(server)
     except ValueError as error:
-        refuse("bridge_ip, cidr or default_dns", str(error))
+        refuse("default_dns", str(error))
+    if config.dns_listen_addr and not _is_loopback_address(config.dns_listen_addr):
+        refuse("dns_listen_addr", "a loopback address and a port above 1023, as 127.0.0.1:15353")
+    # systemd leaves the uids from 1879048192 to 2147483647 to others (UIDS-GIDS.md); none below
+    # the ranges of people, system users and containers may become a VM's.
+    if not 1_879_048_192 <= config.jailer_uid_base <= 2_147_418_112:
+        refuse("jailer_uid_base", "1879048192 to 2147418112: outside all other ranges of uids")
+    if not re.match(r"(https?|file)://", config.firecracker_base_url):
+        refuse("firecracker_base_url", "an http, https or file URL")
+    limit = config.vm.boot_timeout_s
+    if limit is not None and not 1 <= limit <= 3600:
+        refuse("vm.boot_timeout_s", "1 to 3600 seconds")
     if config.vm.vcpu is not None and config.vm.vcpu < 1:
         refuse("vm.vcpu", "at least 1")
     for key, value in (("vm.memory", config.vm.memory), ("vm.disk_size", config.vm.disk_size)):
@@ -135,3 +156,11 @@ def _check_values(config: Config, path: str) -> None:
                 refuse(key, "a size above 0")
         except InvalidInput as error:
             refuse(key, error.message)
+
+
+def _is_loopback_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    try:
+        return ipaddress.IPv4Address(host).is_loopback and 1024 <= int(port) <= 65535
+    except ValueError:
+        return False

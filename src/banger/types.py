@@ -23,6 +23,8 @@ _DISK_FLOOR_BYTES = 256 * _MIB
 _DISK_CEILING_BYTES = 16 << 40  # ext4 with 4 KiB blocks and 32-bit block numbers
 _VCPU_CEILING = 64
 
+NETWORK_MODES = ("user", "bridge", "none")
+
 _ADJECTIVES = (
     "amber bold brave brisk calm clever cosmic crisp daring eager early fair fast fierce gentle "
     "glad golden grand happy humble jolly keen kind lively lucky mellow merry mighty misty neat "

@@ -51,7 +51,10 @@ def kernel() -> Path:
 @pytest.fixture
 async def spec(kernel: Path, tiny_image: Path, tmp_path: Path) -> AsyncIterator[VmSpec]:
     """A machine ready to be started."""
-    with tempfile.TemporaryDirectory(prefix="bng-") as runtime:
+    with tempfile.TemporaryDirectory(prefix="bng-") as base:
+        # As the product's: BASE/<whose>/vms/<id>; `whose` makes the mark in the process table.
+        runtime = Path(base, "c0ffee", "vms", "c0ffee000001")
+        runtime.mkdir(parents=True, mode=0o700)
         commands = HostCommands()
         own = tmp_path / "own.ext4"
         await make_disk(own, 64 << 20, cache_dir=cache_root() / "cache", commands=commands)
@@ -76,7 +79,8 @@ async def spec(kernel: Path, tiny_image: Path, tmp_path: Path) -> AsyncIterator[
             base_disk=tiny_image,
             own_disk=own,
             modules_disk=kernel / "modules.ext4",
-            runtime=Path(runtime),
+            directory=tmp_path,
+            runtime=runtime,
             console_log=tmp_path / "console.log",
             vmm_log=tmp_path / "vmm.log",
             network=NetworkSpec(mac="02:00:00:00:00:01"),

@@ -48,7 +48,7 @@ async def _restart(parts: Parts) -> Parts:
     root = parts.layout.data.parent
     await parts.close()
     later = await Parts(root).open()
-    await reconcile(later.rows, later.vms, later.layout)
+    await reconcile(later.rows, later.vms, later.networks, later.layout)
     return later
 
 

@@ -18,7 +18,7 @@ from banger.guest.boot import agent_binary
 from banger.guest.transport import Endpoint, VirtioSerial
 from banger.host.files import last_lines
 from banger.host.process import ProcessIdentity, find_by_argument
-from banger.vmm.base import PROCESS_MARK, VmmCapabilities, VmSpec
+from banger.vmm.base import VmmCapabilities, VmSpec
 
 _PORTS = 8
 
@@ -27,7 +27,7 @@ class FakeVmm:
     """Runs `banger-agent serve-unix` in place of a VMM."""
 
     name = "fake"
-    capabilities = VmmCapabilities(snapshots=False, accelerators=("tcg",))
+    capabilities = VmmCapabilities(snapshots=False, accelerators=("tcg",), drives_by_serial=True)
 
     # Shared by all, as the kernel's own table is: a restarted daemon finds its children here.
     _children: ClassVar[dict[int, subprocess.Popen[bytes]]] = {}
@@ -47,7 +47,7 @@ class FakeVmm:
         spec.console_log.write_text("fake console\n")
         with open(spec.vmm_log, "ab") as log:
             child = subprocess.Popen(
-                [f"{PROCESS_MARK}{spec.id}", "serve-unix", str(spec.runtime), str(_PORTS)],
+                [spec.mark, "serve-unix", str(spec.runtime), str(_PORTS)],
                 executable=agent_binary(),
                 env={**os.environ, "BANGER_AGENT_EXIT_ON_SHUTDOWN": "1"},
                 stdout=log,
@@ -83,6 +83,9 @@ class FakeVmm:
             await asyncio.to_thread(child.wait)
         else:
             await process.wait()
+
+    async def sweep(self, vm_id: str, runtime: Path, directory: Path) -> None:
+        """Nothing is left but what is in `runtime`."""
 
     def _signal(self, runtime: Path, number: signal.Signals) -> None:
         for process in find_by_argument(str(runtime)):

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from banger.errors import NotFound
 from banger.events import EventSink
+from banger.guest.boot import GuestNetwork
 from banger.host.commands import HostCommands
+from banger.network.bridge import BridgeNetwork
+from banger.network.plan import parse_bridge
 from banger.paths import Paths
 from banger.services.artifacts import ArtifactService, Wire
 from banger.services.boot import BootFiles
 from banger.services.identity import IdentityService
+from banger.services.networks import NetworkService
 from banger.services.vms import VmDefaults, VmService
 from banger.store.database import Database
 from banger.store.layout import Layout, VmFiles
 from banger.store.vms import VmRepository, VmRow
 from banger.types import HostLimits
 from banger.vmm.base import Vmm, VmSpec
+from banger.vmm.firecracker import Firecracker
 from banger.vmm.probe import KvmProbe
 from banger.vmm.select import VmmChoice
 from tests.support.fake_vmm import FakeVmm
@@ -54,12 +60,20 @@ class PlainBoot(BootFiles):
     """Boot files without a kernel: the fake VMM only looks that they are there."""
 
     async def prepare(
-        self, row: VmRow, vm_files: VmFiles, choice: VmmChoice, authorized_key: str
+        self,
+        row: VmRow,
+        vm_files: VmFiles,
+        choice: VmmChoice,
+        authorized_key: str,
+        *,
+        guest_network: GuestNetwork | None,
+        drives_by_serial: bool,
     ) -> VmSpec:
         present = vm_files.directory / "present"
         present.write_bytes(b"")
         vm_files.initramfs.write_bytes(b"")
         return VmSpec(
+            directory=vm_files.directory,
             id=row.id,
             vcpu=row.vcpu,
             memory_bytes=row.memory_bytes,
@@ -75,6 +89,10 @@ class PlainBoot(BootFiles):
             vmm_log=vm_files.vmm_log,
             network=None,
         )
+
+
+def _no_firecracker(commands: HostCommands) -> Firecracker:
+    return Firecracker(commands, lambda: None, lambda: None, jailed=False)
 
 
 class Parts:
@@ -99,17 +117,25 @@ class Parts:
         async def kernel_users(name: str) -> list[str]:
             return await self.vms.used_by("kernel", name)
 
+        plan = parse_bridge("br-banger", "172.16.0.1", "172.16.0.0/29")
+        self.networks = NetworkService(
+            BridgeNetwork(self.commands, plan, pool_size=0, tap_uid=os.getuid()),
+            plan,
+            self.rows.all,
+            (),
+        )
         self.images = ArtifactService(self.image_source, image_users)
         self.kernels = ArtifactService(self.kernel_source, kernel_users)
         self.vms = VmService(
             rows=self.rows,
             layout=self.layout,
             # `auto` chooses qemu: the fake stands in its place.
-            vmms={"qemu": self.vmm},
+            vmms={"qemu": self.vmm, "firecracker": _no_firecracker(self.commands)},
             kvm=KvmProbe(False, "a test has none"),
+            networks=self.networks,
             images=self.images,
             kernels=self.kernels,
-            boot=PlainBoot(self.layout, self.commands, ()),
+            boot=PlainBoot(self.layout, self.commands),
             identity=IdentityService(self.layout, self.commands, self.layout.default_ssh_key),
             defaults=VmDefaults(
                 image="tiny",
@@ -119,8 +145,12 @@ class Parts:
                 disk_size_bytes=256 << 20,
                 vmm="auto",
                 network="none",
+                nat=True,
+                isolated=True,
+                boot_timeout_s=None,
             ),
             limits=HostLimits(cpus=2, memory_bytes=8 << 30, disk_free_bytes=1 << 40),
+            jailer_uid_base=1_900_000_000,
         )
 
     async def open(self) -> Parts:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sqlite3
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from banger.host.commands import HostCommands
 from banger.paths import find_paths
 from banger.services import doctor
 from banger.services.doctor import Check
+from banger.services.doctor.network import docker_drops
 from banger.store.layout import Layout
 from banger.vmm.probe import KvmProbe
 
@@ -30,7 +32,7 @@ QEMU = """case "$*" in
 esac"""
 QUIET = (
     "e2fsck resize2fs mmdebstrap git ssh ssh-keygen npm newuidmap newgidmap unshare apt-get "
-    "apt-cache"
+    "apt-cache passt pasta ip bridge nft resolvectl sudo"
 )
 
 
@@ -70,6 +72,8 @@ class MadeHost:
             self.program(program, "exit 0")
         self.qemu("10.0.2")
         self.program("mke2fs", "exit 1")
+        self.program("firecracker", "echo Firecracker v1.17.0")
+        self.program("jailer", "echo Jailer v1.17.0")
 
     def program(self, name: str, script: str) -> None:
         """Put a program on this host."""
@@ -104,7 +108,7 @@ def host(tmp_path: Path) -> MadeHost:
 
 async def test_each_finding_is_one_line_with_a_status(host: MadeHost) -> None:
     found = await host.checks()
-    assert len(found) >= 14
+    assert len(found) >= 19
     for check in found.values():
         assert check.status in ("ok", "warning", "fail")
         assert check.message
@@ -343,3 +347,169 @@ async def test_sudo_that_asks_is_not_answered(host: MadeHost) -> None:
     check = Check("git", "fail", "not installed", "sudo apt-get install -y git", fixable=True)
     with pytest.raises(Unavailable, match="password"):
         await doctor.fix(check, host.commands)
+
+
+# -- Firecracker
+
+
+async def test_absent_firecracker_is_missed_only_where_kvm_is(host: MadeHost) -> None:
+    host.remove("firecracker")
+    found = (await host.checks())["firecracker"]
+    assert (found.status, found.fix, found.fixable) == (
+        "warning", "banger firecracker install", True,
+    )  # fmt: skip
+    assert "QEMU runs the VMs" in found.message
+    host.config = Config(vmm="qemu")
+    assert (await host.checks())["firecracker"].status == "ok"
+    host.config = Config(vmm="firecracker")
+    assert (await host.checks())["firecracker"].status == "fail"
+    host.config, host.kvm = Config(), UNUSABLE
+    assert (await host.checks())["firecracker"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("Firecracker v1.17.0", "ok"),
+        ("Firecracker v1.12.1", "ok"),
+        ("Firecracker v1.16.1", "warning"),
+        ("Firecracker v1.10.0", "fail"),
+        ("hello", "warning"),
+    ],
+)
+async def test_firecracker_is_judged_by_its_version(host: MadeHost, said: str, status: str) -> None:
+    host.program("firecracker", f"echo {said}; echo; exit 0")
+    found = (await host.checks())["firecracker"]
+    assert found.status == status
+    assert found.fixable == (status != "ok")
+
+
+async def test_installed_firecracker_comes_before_that_of_path(host: MadeHost) -> None:
+    place = host.layout.data / "firecracker" / "1.10.0"
+    place.mkdir(parents=True)
+    (place / "firecracker").write_text("#!/bin/sh\necho Firecracker v1.10.0\n")
+    (place / "firecracker").chmod(0o755)
+    (place.parent / "current").symlink_to("1.10.0")
+    found = (await host.checks())["firecracker"]
+    assert found.status == "fail"
+    assert str(place) in found.message
+
+
+async def test_broken_program_named_in_config_is_the_users_to_mend(host: MadeHost) -> None:
+    path = host.root / "fc"
+    path.write_bytes(b"\x7fELF")
+    path.chmod(0o755)
+    host.config = Config(firecracker_bin=str(path))
+    found = (await host.checks())["firecracker"]
+    assert (found.status, found.fixable) == ("warning", False)
+    assert "firecracker_bin" in found.fix
+
+
+# -- networks
+
+
+async def test_missing_passt_fails_and_names_its_package(host: MadeHost) -> None:
+    assert (await host.checks())["passt"].status == "ok"
+    host.remove("pasta")
+    found = (await host.checks())["passt"]
+    assert (found.status, found.fixable) == ("fail", True)
+    assert found.fix.endswith(" passt")
+
+
+@pytest.mark.parametrize(
+    ("program", "package"), [("ip", "iproute2"), ("bridge", "iproute2"), ("nft", "nftables")]
+)
+async def test_missing_program_of_the_bridge_fails_where_it_is_the_default(
+    host: MadeHost, program: str, package: str
+) -> None:
+    host.remove(program)
+    found = (await host.checks())["bridge"]
+    assert (found.status, found.fixable) == ("warning", True)
+    assert found.fix.endswith(f" {package}")
+    host.config = Config(network="bridge")
+    assert (await host.checks())["bridge"].status == "fail"
+
+
+async def test_names_need_resolved_only_with_the_bridge(host: MadeHost) -> None:
+    assert (await host.checks())["names"].status == "ok"
+    host.program("resolvectl", "echo 'Failed to connect to bus' >&2; exit 1")
+    assert (await host.checks())["names"].status == "ok"
+    host.config = Config(network="bridge", dns_listen_addr="127.0.0.2:5300")
+    found = (await host.checks())["names"]
+    assert (found.status, found.fixable) == ("warning", False)
+    assert "server=/vm/127.0.0.2#5300" in found.fix
+    host.remove("resolvectl")
+    assert (await host.checks())["names"].status == "warning"
+    host.config = Config(network="bridge", dns_listen_addr="")
+    assert (await host.checks())["names"].status == "ok"
+
+
+DOCKER = """
+add table ip filter
+add chain ip filter FORWARD {{ type filter hook forward priority 0; policy {policy}; }}
+add chain ip filter DOCKER-USER
+add rule ip filter FORWARD counter jump DOCKER-USER
+{rules}
+"""
+IN_NAMESPACE = """
+import asyncio, subprocess, sys
+from banger.host.commands import HostCommands
+from banger.services.doctor.network import docker_drops
+subprocess.run(["nft", "-f", "-"], input=sys.stdin.read(), text=True, check=True)
+print(asyncio.run(docker_drops(HostCommands(), "br-banger")))
+"""
+FROM = 'iifname "br-banger" counter accept'
+TO = 'oifname "br-banger" ct state established,related counter accept'
+OTHER = 'iifname "br-other" counter accept'
+
+
+@pytest.mark.parametrize(
+    ("policy", "rules", "drops"),
+    [
+        ("drop", [], True),
+        ("drop", [FROM], True),
+        ("drop", [TO], True),
+        ("drop", [OTHER, TO], True),
+        ("drop", [FROM.replace("accept", "drop"), TO], True),
+        ("drop", [FROM, TO], False),
+        ("accept", [], False),
+        (None, [], False),
+    ],
+)
+async def test_dockers_real_rules_are_understood(
+    policy: str | None, rules: list[str], drops: bool
+) -> None:
+    """In a network namespace of its own: the host's firewall is not looked at, nor touched."""
+    lines = "\n".join(f"add rule ip filter DOCKER-USER {rule}" for rule in rules)
+    ruleset = DOCKER.format(policy=policy, rules=lines) if policy else ""
+    done = await HostCommands().run(
+        ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", IN_NAMESPACE],
+        stdin=ruleset.encode(),
+        check=False,
+    )
+    if "unshare" in done.stderr:
+        pytest.skip(f"no namespaces here: {done.stderr.strip()}")
+    assert done.stdout.decode() == f"{drops}\n", done.stderr
+
+
+MENDED = (
+    "-A DOCKER-USER -i br-banger -j ACCEPT\n"
+    "-A DOCKER-USER -o br-banger -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "drops"),
+    [
+        ("-P FORWARD DROP", True),
+        ("-P FORWARD ACCEPT", False),
+        ("-P FORWARD DROP\n-A DOCKER-USER -i br-banger -j ACCEPT", True),
+        (f"-P FORWARD DROP\n{MENDED}", False),
+        ("-P FORWARD DROP\n-A X -i br-bangerx -j ACCEPT\n-A X -o br-bangerx -j ACCEPT", True),
+    ],
+)
+async def test_legacy_iptables_is_understood(host: MadeHost, lines: str, drops: bool) -> None:
+    host.program("nft", "exit 1")
+    assert not await docker_drops(host.commands, "br-banger")
+    host.program("iptables", f"cat <<'.'\n{lines}\n.")
+    assert await docker_drops(host.commands, "br-banger") is drops

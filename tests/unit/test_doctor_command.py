@@ -29,7 +29,10 @@ QEMU = """case $1 in
 --version) echo "QEMU emulator version 10.0.2" ;;
 *) printf 'microvm   microvm (i386)\\ntcg\\nkvm\\n' ;;
 esac"""
-PROGRAMS = "mke2fs e2fsck mmdebstrap ssh ssh-keygen git npm newuidmap unshare apt-get sudo".split()
+PROGRAMS = (
+    "mke2fs e2fsck mmdebstrap ssh ssh-keygen git npm newuidmap unshare apt-get sudo passt pasta ip "
+    "bridge nft resolvectl"
+).split()
 
 
 class FakeHost(NamedTuple):
@@ -50,10 +53,10 @@ class FakeHost(NamedTuple):
         commands.environment["PATH"] = str(self.bin)
         return commands
 
-    def check(self, name: str) -> Check:
+    def check(self, name: str, config: Config = Config()) -> Check:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(doctor, "_CHECKS", [row for row in doctor._CHECKS if row[0] == name])
-            (found,) = asyncio.run(run_checks(self.commands(), self.paths, Config(), kvm=KVM))
+            (found,) = asyncio.run(run_checks(self.commands(), self.paths, config, kvm=KVM))
         return found
 
     def ran(self) -> list[str]:
@@ -71,6 +74,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
         made.program(name)
     made.program("debugfs", "echo /12/100644/0/0/probe/0/")
     made.program("qemu-system-x86_64", QEMU)
+    made.program("firecracker", "echo Firecracker v1.17.0")
+    made.program("jailer", "echo Jailer v1.17.0")
     keyring, agent = tmp_path / "keyring.gpg", tmp_path / "banger-agent-x86_64"
     keyring.touch()
     agent.touch()
@@ -227,6 +232,79 @@ def test_suggested_ids_are_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files[0].write_text("ann:100000:65536\nbob:165536:65536\n# odd\n::\n")
     files[1].write_text("ann:300000:10\n")
     assert doctor._free_subordinate_id() == 300_010
+
+
+# -- the jailer and the bridge
+
+
+def test_jailer_of_root_has_to_be_here_and_mended(host: FakeHost) -> None:
+    assert host.check("jailer").status == "ok"
+    host.program("jailer", "echo Jailer v1.14.0")
+    found = host.check("jailer")
+    assert (found.status, found.fix) == ("warning", "banger firecracker install")
+    assert "CVE-2026-1386" in found.message
+    host.program("jailer", "echo Jailer v1.16.1")
+    assert "not of the release" in host.check("jailer").message
+    (host.bin / "jailer").unlink()
+    assert host.check("jailer").status == "fail"
+    assert host.check("jailer", Config(vmm="qemu")).status == "warning"
+    assert host.check("jailer", Config(jailer_enabled=False)).status == "ok"
+    (host.bin / "firecracker").unlink()
+    assert host.check("jailer").status == "ok"
+
+
+def test_docker_that_drops_is_a_warning_with_both_commands(host: FakeHost) -> None:
+    assert host.check("bridge").status == "ok"
+    (host.bin / "nft").unlink()
+    host.program("nft", "exit 1")
+    host.program("iptables", "echo '-P FORWARD DROP'")
+    found = host.check("bridge")
+    assert (found.status, found.fixable) == ("warning", False)
+    assert found.fix == (
+        "sudo iptables -I DOCKER-USER -i br-banger -j ACCEPT && sudo iptables -I DOCKER-USER "
+        "-o br-banger -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+    )
+
+
+class TestBridgeWithoutRoot:
+    """A user named ada, on a host where root installed banger."""
+
+    @pytest.fixture(autouse=True)
+    def user(self, monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+        class Entry(NamedTuple):
+            pw_name: str = "ada"
+
+        monkeypatch.setattr(os, "getuid", lambda: 4711)
+        monkeypatch.setattr(doctor.pwd, "getpwuid", lambda _: Entry())
+        monkeypatch.setattr(doctor.network, "find_trusted_helper", lambda: Path("/opt/helper"))
+
+    def test_sudo_that_allows_the_helper_is_asked_and_runs_nothing(self, host: FakeHost) -> None:
+        assert host.check("bridge").status == "ok"
+        asked = [line for line in host.ran() if not line.startswith("qemu")]
+        assert asked == ["sudo -n -l /opt/helper"]
+
+    def test_sudo_that_does_not_is_told_of_the_rule(self, host: FakeHost) -> None:
+        host.program("sudo", "echo 'sudo: a password is required' >&2", status=1)
+        found = host.check("bridge")
+        assert (found.status, found.fixable) == ("warning", False)
+        assert found.fix.endswith("ada ALL=(root) NOPASSWD: /opt/helper")
+        assert host.check("bridge", Config(network="bridge")).status == "fail"
+        (host.bin / "sudo").unlink()
+        assert "no sudo" in host.check("bridge").message
+
+    def test_helper_that_others_can_write_is_no_way_to_root(
+        self, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse() -> Path:
+            raise Unavailable("others can write it", hint="install banger as root")
+
+        monkeypatch.setattr(doctor.network, "find_trusted_helper", refuse)
+        found = host.check("bridge")
+        assert (found.status, found.fix) == ("warning", "install banger as root")
+
+    def test_jailer_is_not_needed(self, host: FakeHost) -> None:
+        (host.bin / "jailer").unlink()
+        assert host.check("jailer").status == "ok"
 
 
 # -- the database

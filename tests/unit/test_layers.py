@@ -18,6 +18,10 @@ def test_every_module_stands_in_a_layer() -> None:
     """A package that no contract names could import anything."""
     layers = _PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
     placed = {name.strip() for layer in layers for name in layer.split("|")}
+    # `network` spans two heights: the plan is pure and the config's, the rest is an adapter.
+    parts = {f"banger.network.{path.stem}" for path in (_PACKAGE / "network").glob("[a-z]*.py")}
+    assert {name for name in placed if name.startswith("banger.network.")} == parts
+    placed = {".".join(name.split(".")[:2]) for name in placed}
     modules = {
         f"banger.{path.stem}"
         for path in _PACKAGE.iterdir()
@@ -43,6 +47,7 @@ def test_every_dependency_is_imported() -> None:
     source = "\n".join(path.read_text() for path in _PACKAGE.rglob("*.py"))
     for requirement in _PROJECT["project"]["dependencies"]:
         name = re.split(r"[<>=; ]", requirement)[0]
+        name = {"dnspython": "dns"}.get(name, name)
         package, _, module = name.rpartition(".")
         spelled = rf"(import|from) {re.escape(name)}\b"
         if package:

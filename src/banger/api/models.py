@@ -11,7 +11,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 VmState = Literal["creating", "stopped", "starting", "running", "stopping", "deleting"]
 Accel = Literal["kvm", "tcg"]
-NetworkMode = Literal["user", "none"]
+NetworkMode = Literal["user", "bridge", "none"]
 ArtifactKind = Literal["image", "kernel"]
 
 
@@ -101,6 +101,7 @@ class PullRequest(TypedDict, total=False):
 class VmCreate(TypedDict, total=False):
     """What a new VM is made of; an absent field takes its default.
 
+    `publish` holds `[HOST_IP:]PORT:GUEST_PORT`; `nat` and `isolated` matter on the bridge.
     `start` boots it and waits for its agent. `owner_pid` makes it ephemeral: it is deleted
     when that process (of the same user) is gone.
     """
@@ -113,6 +114,9 @@ class VmCreate(TypedDict, total=False):
     disk_size_bytes: int
     vmm: str
     network: str
+    nat: bool
+    isolated: bool
+    publish: list[str]
     start: bool
     owner_pid: int
 
@@ -125,10 +129,16 @@ class VmSet(TypedDict, total=False):
     memory_bytes: int
     disk_size_bytes: int
     network: str
+    nat: bool
+    isolated: bool
+    publish: list[str]
 
 
 class Vm(TypedDict):
-    """A VM as it is now. `accel` is what it runs with, or would run with when stopped."""
+    """A VM as it is now. `accel` is what it runs with, or would run with when stopped.
+
+    `address` is its lease on the bridge, where it answers to `dns_name`; null elsewhere.
+    """
 
     id: str
     name: str
@@ -144,6 +154,11 @@ class Vm(TypedDict):
     disk_size_bytes: int
     disk_used_bytes: int
     network: str
+    nat: bool
+    isolated: bool
+    publish: list[str]
+    address: str | None
+    dns_name: str | None
     ephemeral: bool
     pid: int | None
     created_at: str

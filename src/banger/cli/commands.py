@@ -87,6 +87,15 @@ NOUNS: dict[str, Noun] = {
         },
         {"ls": "list", "delete": "rm", "remove": "rm", "inspect": "show"},
     ),
+    "firecracker": Noun(
+        "The VMM for hosts with KVM: its releases",
+        {
+            "install": Verb("firecracker", "Download a release, check it, and use it"),
+            "list": Verb("firecracker", "List installed releases"),
+            "remove": Verb("firecracker", "Remove an installed release"),
+        },
+        {"ls": "list", "rm": "remove", "delete": "remove"},
+    ),
     "daemon": Noun(
         "The background process that owns the VMs",
         {

@@ -142,7 +142,7 @@ def _shown_options(parser: Parser) -> list[str]:
 
 
 def _values(option: str) -> list[str]:
-    fixed = {"--vmm": ["auto", "qemu", "firecracker"], "--network": ["user", "none"]}
+    fixed = {"--vmm": ["auto", "qemu", "firecracker"], "--network": ["user", "bridge", "none"]}
     if option in fixed:
         return fixed[option]
     return _names(option[2:]) if option in ("--image", "--kernel") else []

@@ -157,10 +157,34 @@ def add_creation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory", metavar="SIZE", help="memory, such as 4G or 512M")
     group.add_argument("--disk-size", metavar="SIZE", help="its own disk, such as 20G")
     group.add_argument("--vmm", help="auto, qemu or firecracker")
-    group.add_argument("--network", metavar="MODE", help="user (default) or none")
+    add_network(parser)
 
 
-CREATION_FIELDS = ("name", "image", "kernel", "vcpu", "memory", "disk_size", "vmm", "network")
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add how a VM is joined to the world."""
+    group = parser.add_argument_group("its network")
+    group.add_argument(
+        "--network",
+        metavar="MODE",
+        help="user: outbound, no root (default); bridge: an address and a name; or none",
+    )
+    group.add_argument(
+        "-p",
+        "--publish",
+        action="append",
+        metavar="[IP:]PORT:GUEST_PORT",
+        help="open a port of the host, on 127.0.0.1 unless IP says else (repeat)",
+    )
+    both = argparse.BooleanOptionalAction
+    group.add_argument("--nat", action=both, help="bridge: reach the outside")
+    group.add_argument("--isolate", dest="isolated", action=both, help="bridge: reach no other VM")
+
+
+NETWORK_FIELDS = ("network", "nat", "isolated", "publish")
+CREATION_FIELDS = (
+    *("name", "image", "kernel", "vcpu", "memory", "disk_size", "vmm"),
+    *NETWORK_FIELDS,
+)
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:

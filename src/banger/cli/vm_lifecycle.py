@@ -11,9 +11,11 @@ from banger.cli import output
 from banger.cli.context import Context
 from banger.cli.parsing import (
     CREATION_FIELDS,
+    NETWORK_FIELDS,
     Parser,
     add_creation,
     add_json,
+    add_network,
     add_quiet,
 )
 from banger.cli.progress import Progress, cancel, follow
@@ -353,9 +355,13 @@ def build_set(parser: Parser) -> None:
     parser.add_argument("--vcpu", metavar="N", help="virtual CPUs")
     parser.add_argument("--memory", metavar="SIZE", help="memory, such as 4G")
     parser.add_argument("--disk-size", metavar="SIZE", help="its own disk, such as 40G")
-    parser.add_argument("--network", metavar="MODE", help="user or none")
+    add_network(parser)
     add_json(parser)
-    parser.examples(("banger vm set build --memory 8G", "takes effect at its next start"))
+    parser.examples(
+        ("banger vm set build --memory 8G", "takes effect at its next start"),
+        ("banger vm set web -p 8080:80 -p 8443:443", "these ports, in place of those before"),
+        ("banger vm set web -p none", "none"),
+    )
 
 
 def run_set(context: Context, args: argparse.Namespace) -> int:
@@ -372,8 +378,11 @@ def run_set(context: Context, args: argparse.Namespace) -> int:
         request["memory_bytes"] = parse_bytes(args.memory, "--memory")
     if args.disk_size is not None:
         request["disk_size_bytes"] = parse_bytes(args.disk_size, "--disk-size")
-    if args.network is not None:
-        request["network"] = args.network
+    for field in NETWORK_FIELDS:
+        if getattr(args, field) is not None:
+            request[field] = getattr(args, field)
+    if request.get("publish") == ["none"]:
+        request["publish"] = []
     if not request:
         raise UsageError("nothing to change", hint="`banger vm set --help` lists what can be set")
     vm = context.client.set_vm(args.vm, cast("VmSet", request))

@@ -67,13 +67,17 @@ def run_list(context: Context, args: argparse.Namespace) -> int:
     elif not vms:
         output.notice("no VMs yet; `banger vm run` makes one")
     else:
-        header = ("NAME", "STATE", "ISOLATION", "IMAGE", "VCPU", "MEMORY", "DISK", "UPTIME")
+        header = (
+            *("NAME", "STATE", "ISOLATION", "IMAGE", "NETWORK"),
+            *("VCPU", "MEMORY", "DISK", "UPTIME"),
+        )
         rows = [
             (
                 vm["name"],
                 vm["state"],
                 vm["accel"],
                 vm["image"],
+                vm["address"] or vm["network"],
                 str(vm["vcpu"]),
                 output.format_bytes(vm["memory_bytes"]),
                 output.format_bytes(vm["disk_used_bytes"]),
@@ -124,7 +128,8 @@ def _fields(vm: Vm) -> list[tuple[str, str]]:
         ("vcpu", str(vm["vcpu"])),
         ("memory", output.format_bytes(vm["memory_bytes"])),
         ("disk", f"{output.format_bytes(vm['disk_size_bytes'])}, {used} in use on the host"),
-        ("network", vm["network"]),
+        ("network", _network(vm)),
+        *([("published", " ".join(vm["publish"]))] if vm["publish"] else []),
         ("created", vm["created_at"]),
         ("directory", vm["directory"]),
         ("console", vm["console_log"]),
@@ -133,6 +138,14 @@ def _fields(vm: Vm) -> list[tuple[str, str]]:
     if vm["ephemeral"]:
         fields.insert(4, ("ephemeral", "deleted when its command line ends"))
     return fields
+
+
+def _network(vm: Vm) -> str:
+    if vm["network"] != "bridge":
+        return vm["network"]
+    nat = "nat" if vm["nat"] else "no nat"
+    isolated = "isolated" if vm["isolated"] else "open to other open VMs"
+    return f"bridge, {vm['address']} ({vm['dns_name']}), {nat}, {isolated}"
 
 
 # -- stats

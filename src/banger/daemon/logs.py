@@ -36,4 +36,6 @@ def set_up_logging(path: Path, level: str) -> None:
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LIMIT_BYTES, backupCount=1)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # A line for each of Firecracker's answers says nothing that an error would not.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     path.chmod(0o600)

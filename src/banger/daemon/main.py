@@ -119,11 +119,14 @@ async def _answer(
         server.should_exit = True
 
     ender = asyncio.create_task(end_when_told())
+    # Beside the first requests: none of them waits for a name to be answered.
+    names = asyncio.create_task(daemon.answer_names())
     say("ready")
     try:
         await server.serve(sockets=[listener])
     finally:
         ender.cancel()
+        names.cancel()
         layout.api_socket.unlink(missing_ok=True)
 
 

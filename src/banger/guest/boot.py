@@ -28,6 +28,9 @@ from banger.host.files import make_private_directory, no_space_named
 
 BOOT_CONFIG_VERSION = 1
 BOOT_CONFIG_PATH = "banger/boot.json"
+# Base, own, modules: by the serial a VMM gives them, or in the order it was given them.
+DRIVES_BY_SERIAL = ("serial:banger-base", "serial:banger-own", "serial:banger-mods")
+DRIVES_BY_ORDER = ("/dev/vda", "/dev/vdb", "/dev/vdc")
 # The kernel refuses a single file of 4 GiB; our own files are far below.
 _MAX_FILE_BYTES = (1 << 32) - 1
 _MAX_NAME_BYTES = 4096  # PATH_MAX, which init/initramfs.c enforces
@@ -194,12 +197,17 @@ def boot_config(
     environment: Mapping[str, str] | None = None,
     init: Sequence[str] | None = None,
     time_unix_ns: int | None = None,
+    drives: tuple[str, str, str] = (
+        "serial:banger-base",
+        "serial:banger-own",
+        "serial:banger-mods",
+    ),
 ) -> dict[str, Any]:
     """Return the boot configuration of a VM, as the agent reads it.
 
     `host_keys` maps file names below /etc/ssh (ssh_host_ed25519_key and its .pub) to their
     content. `init` is a command line in place of the image's own init. `environment` goes to
-    /etc/environment only where given.
+    /etc/environment only where given. `drives` name base, own and modules by serial or device.
     """
     files = [
         _file("/etc/hostname", f"{hostname}\n"),
@@ -224,11 +232,7 @@ def boot_config(
     return {
         "version": BOOT_CONFIG_VERSION,
         "hostname": hostname,
-        "drives": {
-            "base": "serial:banger-base",
-            "own": "serial:banger-own",
-            "modules": "serial:banger-mods",
-        },
+        "drives": dict(zip(("base", "own", "modules"), drives, strict=True)),
         "network": None
         if network is None
         else {

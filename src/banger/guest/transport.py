@@ -13,8 +13,9 @@ import fcntl
 import os
 import select
 import socket
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
 
 from banger.errors import BangerError, Cancelled, TimedOut, Unavailable
@@ -283,6 +284,23 @@ def connect_unix(path: str) -> socket.socket:
     return sock
 
 
+@contextlib.contextmanager
+def socket_path(path: str) -> Iterator[str]:
+    """Yield a path that connects to the very socket at `path`, however long that is.
+
+    A jailed VMM can write to the directory of its sockets: it could put a link to some other
+    program's socket there, and have us connect to that with our rights. So the last component
+    is opened without following, and has to be a socket. Raises OSError.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise OSError(errno.ENOTSOCK, "not a socket", path)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
 def say_hello(
     sock: socket.socket, *, timeout_s: float, cancelled: Callable[[], bool] | None = None
 ) -> tuple[dict[str, object], bytes]:
@@ -328,7 +346,8 @@ def say_hello(
 
 def _connect_vsock(endpoint: HybridVsock, *, timeout_s: float) -> socket.socket:
     """Connect through Firecracker's socket. Raises OSError, TimedOut."""
-    sock = connect_unix(endpoint.path)
+    with socket_path(endpoint.path) as path:
+        sock = connect_unix(path)
     try:
         sock.send(f"CONNECT {endpoint.port}\n".encode())
         deadline = time.monotonic() + timeout_s

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 
 from banger.host import files
 from banger.host.process import find_by_argument
+from banger.services.networks import NetworkService
 from banger.services.vms import VmService
 from banger.store.layout import Layout
 from banger.store.vms import VmRepository
-from banger.vmm.base import PROCESS_MARK
+from banger.vmm.base import PROCESS_MARK, mark_of
 
 log = logging.getLogger(__name__)
 
 
-async def reconcile(rows: VmRepository, vms: VmService, layout: Layout) -> None:
+async def reconcile(
+    rows: VmRepository, vms: VmService, networks: NetworkService, layout: Layout
+) -> None:
     """Bring database, processes and files together; the caller holds the daemon's lock."""
     known = await rows.all()
-    recorded = {row.pid for row in known if row.process is not None and row.process.alive()}
-    # Our own runtime directory in the command line tells our VMMs from another HOME's.
-    for process in find_by_argument(f"{layout.runtime_vms}/"):
-        if process.pid not in recorded and _is_vmm(process.pid):
-            log.warning("ending a VMM that no VM owns: pid %d", process.pid)
+    # A live VM's other processes (pasta, the carrier of its ports) carry the same mark as its VMM.
+    alive = {row.id for row in known if row.process is not None and row.process.alive()}
+    for process in await asyncio.to_thread(find_by_argument, PROCESS_MARK):
+        vm_id = _whose(process.pid, layout)
+        if vm_id is not None and vm_id not in alive:
+            log.warning("ending a process that no VM owns: pid %d", process.pid)
             process.kill()
             await process.wait()
     for row in known:
@@ -37,6 +42,7 @@ async def reconcile(rows: VmRepository, vms: VmService, layout: Layout) -> None:
             await vms.readopt_stopped(row)
         else:
             await vms.readopt(row)
+    await networks.reconcile()
     owned = {row.id for row in await rows.all()}
     for directory in (layout.vms, layout.runtime_vms):
         for entry in directory.iterdir() if directory.exists() else ():
@@ -45,9 +51,13 @@ async def reconcile(rows: VmRepository, vms: VmService, layout: Layout) -> None:
                 await asyncio.to_thread(files.remove_tree, entry)
 
 
-def _is_vmm(pid: int) -> bool:
+def _whose(pid: int, layout: Layout) -> str | None:
+    """Return the id of the VM of ours that a process is marked with: not one of another HOME."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return PROCESS_MARK.encode() in file.read()
+            words = file.read()
     except OSError:
-        return False
+        return None
+    mark = re.escape(mark_of("ID", layout.vm("ID").runtime)).replace("ID", "([0-9a-f]{12})")
+    found = re.search(mark.encode(), words)
+    return None if found is None else found[1].decode()

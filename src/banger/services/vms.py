@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -31,7 +32,6 @@ from banger.errors import (
     TimedOut,
     Unavailable,
     VmmFailed,
-    nearest,
 )
 from banger.events import EventSink, NullSink
 from banger.guest import agent
@@ -41,6 +41,7 @@ from banger.host.process import ProcessIdentity, boot_id
 from banger.services.artifacts import ArtifactService
 from banger.services.boot import BootFiles
 from banger.services.identity import IdentityService
+from banger.services.networks import NetworkService, check_network, publish_text
 from banger.services.operations import together
 from banger.services.vm_states import check_transition
 from banger.store.layout import Layout, VmFiles
@@ -53,7 +54,7 @@ from banger.types import (
     check_vm_name,
     generate_name,
 )
-from banger.vmm.base import Vmm
+from banger.vmm.base import Vmm, mark_of
 from banger.vmm.probe import KvmProbe
 from banger.vmm.select import VmmChoice, choose_vmm
 
@@ -64,7 +65,6 @@ log = logging.getLogger(__name__)
 BOOT_TIMEOUT_S = {"kvm": 45.0, "tcg": 180.0}
 STOP_TIMEOUT_S = {"kvm": 30.0, "tcg": 90.0}
 _BOOT_TRIES = 2
-NETWORK_MODES = ("user", "none")
 _LOG_CHECK_INTERVAL_S = 5.0
 _LOG_LIMIT_BYTES = 4 << 20
 _LOG_KEPT_BYTES = 1 << 20
@@ -81,6 +81,9 @@ class VmDefaults:
     disk_size_bytes: int
     vmm: str
     network: str
+    nat: bool
+    isolated: bool
+    boot_timeout_s: float | None
 
 
 class VmService:
@@ -93,23 +96,29 @@ class VmService:
         layout: Layout,
         vmms: Mapping[str, Vmm],
         kvm: KvmProbe,
+        networks: NetworkService,
         images: ArtifactService,
         kernels: ArtifactService,
         boot: BootFiles,
         identity: IdentityService,
         defaults: VmDefaults,
         limits: HostLimits,
+        jailer_uid_base: int,
     ) -> None:
         self._rows = rows
         self._layout = layout
         self._vmms = vmms
         self._kvm = kvm
+        self._networks = networks
         self._images = images
         self._kernels = kernels
         self._boot = boot
         self._identity = identity
         self.defaults = defaults
         self._limits = limits
+        self._jailer_uid_base = jailer_uid_base
+        # Held while what is unique among rows (addresses, uids) is chosen and committed.
+        self._unique = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._watches: dict[str, asyncio.Task[None]] = {}
 
@@ -157,7 +166,16 @@ class VmService:
     @property
     def choice(self) -> VmmChoice:
         """What a VM of the default VMM runs with on this host."""
-        return choose_vmm(self.defaults.vmm, self._kvm)
+        return self._choose(self.defaults.vmm)
+
+    def _choose(self, wanted: str) -> VmmChoice:
+        # Asked each time: `banger firecracker install` needs no new daemon.
+        no_firecracker = ""
+        try:
+            self._vmms["firecracker"].check()
+        except Unavailable as error:
+            no_firecracker = error.message
+        return choose_vmm(wanted, self._kvm, no_firecracker)
 
     # --- making and unmaking ---
 
@@ -168,6 +186,7 @@ class VmService:
         check_vm_name(name)
         if name in taken:
             raise name_taken(name)
+        network = check_network(request.get("network", self.defaults.network))
         row = VmRow(
             id=secrets.token_hex(6),
             name=name,
@@ -182,7 +201,10 @@ class VmService:
                 request.get("disk_size_bytes", self.defaults.disk_size_bytes)
             ),
             vmm=request.get("vmm", self.defaults.vmm),
-            network=check_network(request.get("network", self.defaults.network)),
+            network=network,
+            nat=request.get("nat", self.defaults.nat),
+            isolated=request.get("isolated", self.defaults.isolated),
+            publish=publish_text(request.get("publish", []), network),
             machine_id=secrets.token_hex(16),
             mac=_random_mac(),
             created_at=_now(),
@@ -190,7 +212,8 @@ class VmService:
             owner_start=_owner_start(request.get("owner_pid")),
         )
         # Before minutes of pulling: can this host run it at all.
-        self._vmms[choose_vmm(row.vmm, self._kvm).vmm].check()
+        self._vmms[self._choose(row.vmm).vmm].check()
+        await self._networks.check(row.network)
         # Both at once: the kernel is small and waits for nobody.
         await together(self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink))
         sink.stage(f"create {name}")
@@ -219,7 +242,9 @@ class VmService:
     async def _make(self, row: VmRow) -> VmRow:
         """Make a VM's files under a row that says so; on failure neither is left."""
         vm_files = self._layout.vm(row.id)
-        await self._rows.insert(row)
+        async with self._unique:
+            row = self._networks.lease(row, await self._rows.all())
+            await self._rows.insert(row)
         try:
             with files.no_space_named(self._layout.vms):
                 files.make_private_directory(vm_files.directory)
@@ -236,7 +261,7 @@ class VmService:
 
     async def _unmake(self, row: VmRow) -> None:
         vm_files = self._layout.vm(row.id)
-        await asyncio.to_thread(files.remove_tree, vm_files.runtime)
+        await self._clear(row)
         await asyncio.to_thread(files.remove_tree, vm_files.directory)
         await self._rows.delete(row.id)
         self._identity.write_known_hosts(await self._rows.all())
@@ -271,6 +296,15 @@ class VmService:
                 changed = replace(changed, memory_bytes=memory)
             if "network" in request:
                 changed = replace(changed, network=check_network(request["network"]))
+                await self._networks.check(changed.network)
+            changed = replace(
+                changed,
+                nat=request.get("nat", changed.nat),
+                isolated=request.get("isolated", changed.isolated),
+                publish=publish_text(
+                    request.get("publish", changed.publish.split()), changed.network
+                ),
+            )
             if "disk_size_bytes" in request:
                 size = check_disk_size(request["disk_size_bytes"])
                 changed = replace(changed, disk_size_bytes=size)
@@ -285,7 +319,9 @@ class VmService:
                 )
             if changed.disk_size_bytes > row.disk_size_bytes:
                 await self._boot.grow_disk(self._layout.vm(row.id).disk, changed.disk_size_bytes)
-            row = await self._rows.update(changed)
+            async with self._unique:
+                changed = self._networks.lease(changed, await self._rows.all())
+                row = await self._rows.update(changed)
             self._identity.write_known_hosts(await self._rows.all())
         return self._wire(row)
 
@@ -314,9 +350,11 @@ class VmService:
                     f"the disk of {row.name} is gone: {vm_files.disk}",
                     hint=f"put it back, or `banger vm delete {row.name}`",
                 )
-            choice = choose_vmm(row.vmm, self._kvm)
+            choice = self._choose(row.vmm)
+            await self._networks.check(row.network)
             await together(self._images.check(row.image), self._kernels.check(row.kernel))
             authorized_key = await self._identity.authorized_key()
+            row = await self._make_unique(row, jailed=self._vmms[choice.vmm].capabilities.jailed)
             for attempt in range(1, _BOOT_TRIES + 1):
                 row = await self._rows.update(
                     replace(
@@ -326,7 +364,7 @@ class VmService:
                         accel_reason=choice.reason,
                     )
                 )
-                sink.stage(f"boot {row.name} ({choice.accel})")
+                sink.stage(f"boot {row.name} ({choice.vmm}, {choice.accel})")
                 try:
                     row = await self._boot_once(row, choice, authorized_key)
                     break
@@ -346,8 +384,17 @@ class VmService:
                 files.make_private_directory(vm_files.runtime)
                 vm_files.console_log.write_bytes(b"")
                 vm_files.vmm_log.write_bytes(b"")
-                spec = await self._boot.prepare(row, vm_files, choice, authorized_key)
-            process = await vmm.start(spec)
+                spec = await self._boot.prepare(
+                    row,
+                    vm_files,
+                    choice,
+                    authorized_key,
+                    guest_network=self._networks.guest_network(row),
+                    drives_by_serial=vmm.capabilities.drives_by_serial,
+                )
+            joined = await self._networks.join(row, self._rows.update)
+            row = joined.row
+            process = await vmm.start(replace(spec, network=joined.spec))
             row = await self._rows.update(
                 replace(
                     row,
@@ -357,12 +404,26 @@ class VmService:
                     started_at=_now(),
                 )
             )
+            await self._networks.publish(row, process, spec.mark)
             return await self.await_agent(row)
         except BaseException as error:
             if process is not None:
                 await vmm.kill(process)
             await self._release(row, _reason(error))
             raise
+
+    async def _make_unique(self, row: VmRow, *, jailed: bool) -> VmRow:
+        """Give a VM that starts the address and the uid it needs, for good."""
+        async with self._unique:
+            rows = await self._rows.all()
+            changed = self._networks.lease(row, rows)
+            if jailed and changed.jail_uid is None:
+                taken = {other.jail_uid for other in rows}
+                free = (n for n in itertools.count(self._jailer_uid_base) if n not in taken)
+                changed = replace(changed, jail_uid=next(free))
+            elif not jailed:
+                changed = replace(changed, jail_uid=None)
+            return row if changed == row else await self._rows.update(changed)
 
     async def await_agent(self, row: VmRow) -> VmRow:
         """Wait for a starting VM's agent and commit it as running.
@@ -383,7 +444,7 @@ class VmService:
             asyncio.to_thread(
                 agent.wait_ready,
                 self._vmms[vmm_name].endpoint(vm_files.runtime),
-                timeout_s=BOOT_TIMEOUT_S[row.accel or "tcg"],
+                timeout_s=self._boot_timeout_s(row),
                 cancelled=stop_waiting,
             )
         )
@@ -400,12 +461,15 @@ class VmService:
             ) from error
         except TimedOut as error:
             raise TimedOut(
-                f"{row.name} did not answer within {BOOT_TIMEOUT_S[row.accel or 'tcg']:.0f} s of "
-                f"boot: {_last_words(vm_files)}",
-                hint="see `banger doctor`; is the host very busy?",
+                f"{row.name} did not answer within {self._boot_timeout_s(row):.0f} s of boot: "
+                f"{_last_words(vm_files)}",
+                hint="see `banger doctor`; on a slow host set vm.boot_timeout_s in the config",
             ) from error
         vm_files.initramfs.unlink(missing_ok=True)
         return await self._rows.update(replace(row, state="running", state_reason=""))
+
+    def _boot_timeout_s(self, row: VmRow) -> float:
+        return self.defaults.boot_timeout_s or BOOT_TIMEOUT_S[row.accel or "tcg"]
 
     async def stop(self, name: str, sink: EventSink, timeout_s: float | None = None) -> Vm:
         """Shut a VM down through its own init, killing it past the deadline; stopped is fine."""
@@ -469,12 +533,19 @@ class VmService:
 
     async def _release(self, row: VmRow, reason: str) -> VmRow:
         """Commit that a VM has no VMM any more and remove its sockets."""
-        vm_files = self._layout.vm(row.id)
-        await asyncio.to_thread(files.remove_tree, vm_files.runtime)
-        vm_files.initramfs.unlink(missing_ok=True)
+        await self._clear(row)
         row = await self._rows.update(row.without_process("stopped", reason))
         log.info("%s stopped: %s", row.name, reason, extra={"vm": row.id})
         return row
+
+    async def _clear(self, row: VmRow) -> None:
+        """Remove what a VM has only while it runs; idempotent."""
+        vm_files = self._layout.vm(row.id)
+        if row.running_vmm is not None:
+            await self._vmms[row.running_vmm].sweep(row.id, vm_files.runtime, vm_files.directory)
+        await self._networks.leave(row, mark_of(row.id, vm_files.runtime))
+        await asyncio.to_thread(files.remove_tree, vm_files.runtime)
+        vm_files.initramfs.unlink(missing_ok=True)
 
     # --- watching ---
 
@@ -489,7 +560,7 @@ class VmService:
         try:
             while not ended.done():
                 await asyncio.wait([ended], timeout=_LOG_CHECK_INTERVAL_S)
-                for path in (vm_files.console_log, vm_files.vmm_log):
+                for path in (vm_files.console_log, vm_files.vmm_log, vm_files.metrics_log):
                     await asyncio.to_thread(files.trim_log, path, _LOG_LIMIT_BYTES, _LOG_KEPT_BYTES)
         finally:
             ended.cancel()
@@ -572,9 +643,15 @@ class VmService:
         async with self._locks[vm_id]:
             yield await self._rows.find(vm_id)
 
+    def _would_run_with(self, row: VmRow) -> VmmChoice:
+        try:
+            return self._choose(row.vmm)
+        except Unavailable as error:  # what it was made with is gone: say so, list on
+            return VmmChoice(row.vmm, row.accel or "kvm", error.message)
+
     def _wire(self, row: VmRow) -> Vm:
         vm_files = self._layout.vm(row.id)
-        choice = choose_vmm(row.vmm, self._kvm)
+        choice = self._would_run_with(row)
         return {
             "id": row.id,
             "name": row.name,
@@ -590,6 +667,11 @@ class VmService:
             "disk_size_bytes": row.disk_size_bytes,
             "disk_used_bytes": _allocated(vm_files),
             "network": row.network,
+            "nat": row.nat,
+            "isolated": row.isolated,
+            "publish": row.publish.split(),
+            "address": row.address,
+            "dns_name": None if row.address is None else f"{row.name}.vm",
             "ephemeral": row.owner_pid is not None,
             "pid": row.pid,
             "created_at": row.created_at,
@@ -598,17 +680,6 @@ class VmService:
             "console_log": str(vm_files.console_log),
             "vmm_log": str(vm_files.vmm_log),
         }
-
-
-def check_network(network: str) -> str:
-    """Return a known network mode; raise InvalidInput."""
-    if network not in NETWORK_MODES:
-        close = nearest(network, list(NETWORK_MODES))
-        raise InvalidInput(
-            f"no network mode is named {network!r}",
-            hint=f"did you mean {close}?" if close else f"choose one of {', '.join(NETWORK_MODES)}",
-        )
-    return network
 
 
 def _random_mac() -> str:

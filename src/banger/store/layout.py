@@ -6,18 +6,23 @@
   kernels/<name>/                     likewise
   staging/<kind>-<name>-<token>/      an artifact in the making; its holder has a flock on it,
                                       so a sweep removes only what a crash left
+  firecracker/<version>/              what `banger firecracker install` put in place
   vms/<id>/                           one VM; made after its row says `creating`,
                                       removed before the row goes
     disk.ext4                         its own disk, sparse
     ssh_host_ed25519_key{,.pub}       made by us before the first boot
     console.log                       the guest's serial console, capped
     vmm.log                           what the VMM said on stderr
+    metrics.json                      Firecracker's counters, a line a minute; capped
+    jail/                             only while a jailed Firecracker runs: see vmm.jail
     initramfs.img                     only between start and the agent's first answer
 <runtime>/                            short private directory (sun_path is 108 bytes)
   bangerd.sock  bangerd.lock          the API; the flock of the one daemon
   autostart.lock                      ten command lines start one daemon
   vms/<id>/                           sockets of a running VM
-    qmp.sock  p00 p00.lock ...        VMM control; agent streams and their leases
+    qmp.sock  p00 p00.lock ...        QEMU's control; agent streams and their leases
+    fc.sock v.sock                    Firecracker's API and vsock; jailed, they are in
+    jail ->                           its chroot
 <config>/config.toml
 <config>/ssh/                         id_ed25519{,.pub}, known_hosts, config
 <state>/bangerd.log                   JSON lines, rotated at 4 MiB, one old file kept
@@ -62,14 +67,14 @@ class VmFiles:
         return self.directory / "vmm.log"
 
     @property
+    def metrics_log(self) -> Path:
+        """Firecracker's counters."""
+        return self.directory / "metrics.json"
+
+    @property
     def initramfs(self) -> Path:
         """The per-boot initramfs; holds private keys, so it goes once the agent answered."""
         return self.directory / "initramfs.img"
-
-    @property
-    def qmp_socket(self) -> Path:
-        """QEMU's control socket."""
-        return self.runtime / "qmp.sock"
 
 
 @dataclass(frozen=True, slots=True)

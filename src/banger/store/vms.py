@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from banger.errors import Conflict, NotFound, nearest
 from banger.host.process import ProcessIdentity
@@ -37,6 +38,12 @@ class VmRow:
     pid: int | None = None
     pid_start: int | None = None
     started_at: str | None = None
+    nat: bool = True
+    isolated: bool = True
+    publish: str = ""
+    address: str | None = None
+    tap: str | None = None
+    jail_uid: int | None = None
 
     @property
     def process(self) -> ProcessIdentity | None:
@@ -58,6 +65,7 @@ class VmRow:
             pid=None,
             pid_start=None,
             started_at=None,
+            tap=None,
         )
 
 
@@ -109,7 +117,7 @@ class VmRepository:
         rows = await self._database.transact(
             lambda db: db.execute("SELECT * FROM vms ORDER BY created_at, id").fetchall()
         )
-        return [VmRow(**dict(row)) for row in rows]
+        return [_row(dict(row)) for row in rows]
 
     async def find(self, name_or_id: str) -> VmRow:
         """Return the VM with this name or id; raise NotFound with the nearest name."""
@@ -122,6 +130,11 @@ class VmRepository:
             f"no VM is named {name_or_id!r}",
             hint=f"did you mean {close}?" if close else "see `banger vm list`",
         )
+
+
+def _row(columns: dict[str, Any]) -> VmRow:
+    # SQLite has no booleans.
+    return VmRow(**{**columns, "nat": bool(columns["nat"]), "isolated": bool(columns["isolated"])})
 
 
 def name_taken(name: str) -> Conflict:

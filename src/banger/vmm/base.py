@@ -5,12 +5,15 @@ Owns no process. The contract suite (tests/contract/test_vmm.py) runs over every
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from banger.errors import Unavailable
 from banger.guest.transport import Endpoint
 from banger.host.process import ProcessIdentity
+from banger.network.publish import Forward
 
 # Every process that belongs to a VM carries this in its command line, id behind it: that is
 # how start-up finds what a crash left between the fork and the commit of its pid.
@@ -19,9 +22,15 @@ PROCESS_MARK = "banger-vm-"
 
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
-    """How a VM's eth0 is joined to the world; None in a VmSpec means no interface at all."""
+    """How a VM's eth0 is joined to the world; None in a VmSpec means no interface at all.
+
+    With a `tap` it is on the bridge; without, the VMM joins it to passt's user network, which
+    opens `forwards` on the host.
+    """
 
     mac: str
+    tap: str | None = None
+    forwards: tuple[Forward, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +47,18 @@ class VmSpec:
     base_disk: Path  # read-only, serial banger-base
     own_disk: Path  # read-write, serial banger-own
     modules_disk: Path  # read-only, serial banger-mods
+    directory: Path  # the VM's own; private; on the disks' file system
     runtime: Path  # sockets; private; exists
     console_log: Path
     vmm_log: Path
     network: NetworkSpec | None
+    metrics_log: Path | None = None
+    jail_uid: int | None = None  # the uid and gid for which a VMM of root's gives root up
+
+    @property
+    def mark(self) -> str:
+        """What stands in the command line of each of its processes."""
+        return mark_of(self.id, self.runtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +67,8 @@ class VmmCapabilities:
 
     snapshots: bool
     accelerators: tuple[str, ...]
+    drives_by_serial: bool  # else by their order: vda, vdb, vdc
+    jailed: bool = False  # confines a VMM of root's under a uid of its own
 
 
 class Vmm(Protocol):
@@ -81,3 +100,31 @@ class Vmm(Protocol):
 
     async def kill(self, process: ProcessIdentity) -> None:
         """End the VMM at once and return when it is gone; idempotent."""
+
+    async def sweep(self, vm_id: str, runtime: Path, directory: Path) -> None:
+        """Remove what a VMM that is gone left behind; idempotent.
+
+        `runtime` and `directory` are those of its VmSpec.
+        """
+
+
+def mark_of(vm_id: str, runtime: Path) -> str:
+    """Return what stands in the command line of each process of a VM, however it is confined.
+
+    The id says which VM, the directory of its owner's sockets says whose: two HOMEs on one host
+    must not take each other's VMMs for a crash's orphans.
+    """
+    return f"{PROCESS_MARK}{vm_id}-{runtime.parent.parent.name}"
+
+
+# sockaddr_un.sun_path has 108 bytes, the closing NUL among them (unix(7)).
+_SUN_PATH_BYTES = 107
+
+
+def check_socket_path(path: Path) -> None:
+    """Raise Unavailable when a Unix socket cannot have this path."""
+    if len(os.fsencode(path)) > _SUN_PATH_BYTES:
+        raise Unavailable(
+            f"the socket path {path} is longer than {_SUN_PATH_BYTES} bytes",
+            hint="set XDG_RUNTIME_DIR to a shorter directory",
+        )

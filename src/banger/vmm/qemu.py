@@ -10,22 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
+import socket
 import subprocess
 from pathlib import Path
 
-from banger.errors import Unavailable, VmmFailed
+from banger.errors import VmmFailed
 from banger.guest.transport import Endpoint, VirtioSerial
 from banger.host.commands import HostCommands
 from banger.host.files import last_lines
 from banger.host.process import ProcessIdentity
-from banger.vmm.base import PROCESS_MARK, VmmCapabilities, VmSpec
+from banger.network.usermode import start_passt
+from banger.vmm.base import NetworkSpec, VmmCapabilities, VmSpec, check_socket_path
+from banger.vmm.children import Children
 
 # Streams at once. Each port costs the guest 4 MiB of buffers (seen: 30 ports take 95 MiB more
 # than 8), and the 13th stream only waits for a free one.
 STREAM_PORTS = 12
-_SUN_PATH_BYTES = 107
 # QEMU opens its sockets within 0.1-0.5 s here; a busy host has been seen to take 5 s.
 _START_TIMEOUT_S = 30.0
 _QMP_TIMEOUT_S = 10.0
@@ -35,13 +35,14 @@ class Qemu:
     """The QEMU adapter."""
 
     name = "qemu"
-    capabilities = VmmCapabilities(snapshots=False, accelerators=("kvm", "tcg"))
+    capabilities = VmmCapabilities(
+        snapshots=False, accelerators=("kvm", "tcg"), drives_by_serial=True
+    )
 
     def __init__(self, commands: HostCommands, binary: str = "qemu-system-x86_64") -> None:
         self._commands = commands
         self._binary = binary
-        # Children are reaped here; after a daemon restart init does it.
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._children = Children(commands)
 
     def endpoint(self, runtime: Path) -> Endpoint:
         """Return the VM's pool of virtio-serial ports."""
@@ -53,38 +54,31 @@ class Qemu:
 
     async def start(self, spec: VmSpec) -> ProcessIdentity:
         """Start QEMU and wait for its QMP socket; see `Vmm.start`."""
-        if len(os.fsencode(str(spec.runtime / "qmp.sock"))) > _SUN_PATH_BYTES:
-            raise Unavailable(
-                f"the socket path {spec.runtime}/qmp.sock is longer than {_SUN_PATH_BYTES} bytes",
-                hint="set XDG_RUNTIME_DIR to a shorter directory",
-            )
-        argv = [self._commands.need(self._binary), *command_line(spec)]
+        check_socket_path(spec.runtime / "qmp.sock")
         for stale in spec.runtime.glob("*.sock"):
             stale.unlink()
-        # O_APPEND, so that trimming a log from outside works while QEMU writes to it.
-        log_fd = os.open(spec.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        ours, qemus = _user_network(spec)
         try:
-            child = await asyncio.to_thread(
-                subprocess.Popen,
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log_fd,
-                stderr=log_fd,
-                cwd="/",
-                env={"PATH": self._commands.environment["PATH"], "LC_ALL": "C.UTF-8"},
-                start_new_session=True,
-                umask=0o077,
+            if ours is not None and spec.network is not None:
+                await start_passt(self._commands, ours.fileno(), spec.network.forwards)
+            child = await self._children.spawn(
+                [
+                    self._commands.need(self._binary),
+                    *command_line(spec, None if qemus is None else qemus.fileno()),
+                ],
+                log=spec.vmm_log,
+                pass_fds=() if qemus is None else (qemus.fileno(),),
             )
-        except OSError as error:
-            raise VmmFailed(f"cannot start {argv[0]}: {error.strerror}") from error
         finally:
-            os.close(log_fd)
-        self._children[child.pid] = child
+            # passt ends when QEMU's end is the last one closed.
+            for end in (ours, qemus):
+                if end is not None:
+                    end.close()
         process = ProcessIdentity.of(child.pid)
         try:
             await self._wait_for_qmp(spec, child)
         except BaseException:
-            await self._end_child(child)
+            await self._children.end(child)
             raise
         if process is None:
             raise VmmFailed(f"QEMU ended at once: {last_lines(spec.vmm_log)}")
@@ -110,18 +104,10 @@ class Qemu:
 
     async def kill(self, process: ProcessIdentity) -> None:
         """SIGKILL, and wait until it is gone."""
-        process.kill(signal.SIGKILL)
-        child = self._children.pop(process.pid, None)
-        if child is not None:
-            await asyncio.to_thread(child.wait)
-        else:
-            await process.wait()
+        await self._children.kill(process)
 
-    async def _end_child(self, child: subprocess.Popen[bytes]) -> None:
-        self._children.pop(child.pid, None)
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await asyncio.to_thread(child.wait)
+    async def sweep(self, vm_id: str, runtime: Path, directory: Path) -> None:
+        """Nothing: all that QEMU makes stands in `runtime`, and passt ends with it."""
 
     async def _wait_for_qmp(self, spec: VmSpec, child: subprocess.Popen[bytes]) -> None:
         deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
@@ -161,12 +147,19 @@ class Qemu:
             raise VmmFailed(f"QEMU did not do {command!r}: {error or 'no answer'}") from error
 
 
-def command_line(spec: VmSpec) -> list[str]:
-    """Return QEMU's arguments for a VM."""
+def _user_network(spec: VmSpec) -> tuple[socket.socket | None, socket.socket | None]:
+    """Return passt's and QEMU's ends of a socket where the VM is on the user network."""
+    if spec.network is None or spec.network.tap is not None:
+        return None, None
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def command_line(spec: VmSpec, network_fd: int | None = None) -> list[str]:
+    """Return QEMU's arguments for a VM; `network_fd` leads to passt."""
     runtime = str(spec.runtime)
     arguments = [
         # The id stands in the command line, so that a crash's orphans can be found by it.
-        *("-name", f"guest={PROCESS_MARK}{spec.id}"),
+        *("-name", f"guest={spec.mark}"),
         *("-machine", "microvm,rtc=on,isa-serial=on,auto-kernel-cmdline=off"),
         *("-accel", "kvm" if spec.accel == "kvm" else "tcg,thread=multi,tb-size=256"),
         *("-cpu", "host" if spec.accel == "kvm" else "max"),
@@ -201,10 +194,16 @@ def command_line(spec: VmSpec) -> list[str]:
         ]
     if spec.network is not None:
         arguments += [
-            *("-netdev", "user,id=net0,ipv6=off"),
+            *("-netdev", _netdev(spec.network, network_fd)),
             *("-device", f"virtio-net-device,netdev=net0,mac={spec.network.mac}"),
         ]
     return arguments
+
+
+def _netdev(network: NetworkSpec, fd: int | None) -> str:
+    if network.tap is not None:
+        return f"tap,id=net0,ifname={network.tap},script=no,downscript=no"
+    return f"stream,id=net0,server=off,addr.type=fd,addr.str={fd}"
 
 
 def _disk(role: str, path: Path, *, read_only: bool) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from banger.errors import InvalidInput, Unavailable, nearest
 from banger.vmm.probe import KvmProbe
 
-VMM_NAMES = ("auto", "qemu")
+VMM_NAMES = ("auto", "firecracker", "qemu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +23,31 @@ class VmmChoice:
     reason: str
 
 
-def choose_vmm(wanted: str, kvm: KvmProbe) -> VmmChoice:
+def choose_vmm(wanted: str, kvm: KvmProbe, no_firecracker: str) -> VmmChoice:
     """Return what `wanted` (auto or a VMM's name) means on a host with this KVM.
 
-    Raises InvalidInput for an unknown name.
+    `no_firecracker` says why Firecracker cannot run here but for KVM; empty where it can.
+    Raises InvalidInput for an unknown name, Unavailable for a VMM that cannot run here.
     """
-    if wanted == "firecracker":
-        raise Unavailable(
-            "this banger does not run Firecracker yet",
-            hint="use `--vmm qemu` or leave --vmm out",
-        )
     if wanted not in VMM_NAMES:
         close = nearest(wanted, list(VMM_NAMES))
         raise InvalidInput(
             f"no VMM is named {wanted!r}",
             hint=f"did you mean {close}?" if close else f"choose one of {', '.join(VMM_NAMES)}",
         )
+    if wanted == "firecracker":
+        if not kvm.usable:
+            raise Unavailable(
+                f"Firecracker needs KVM, and {kvm.reason}",
+                hint="leave --vmm out to emulate with QEMU; `banger doctor` tells more",
+            )
+        if no_firecracker:
+            raise Unavailable(
+                no_firecracker, hint="get it: `banger firecracker install`; or `--vmm qemu`"
+            )
+    if kvm.usable and wanted != "qemu" and not no_firecracker:
+        return VmmChoice("firecracker", "kvm", kvm.reason)
     if kvm.usable:
-        return VmmChoice("qemu", "kvm", kvm.reason)
+        passed_over = f"; {no_firecracker}" if wanted == "auto" else ""
+        return VmmChoice("qemu", "kvm", f"{kvm.reason}{passed_over}")
     return VmmChoice("qemu", "tcg", kvm.reason)

@@ -31,8 +31,8 @@ def test_list_is_a_table_with_isolation(cli: Cli, daemon: FakeDaemon) -> None:
     daemon.answers["GET /v1/vms"] = [make_vm(), make_vm("off", state="stopped", accel="kvm")]
     ran = cli.run("vm", "list")
     lines = ran.out.splitlines()
-    assert lines[0].split() == ["NAME", "STATE", "ISOLATION", "IMAGE", "VCPU", "MEMORY", "DISK",
-                                "UPTIME"]  # fmt: skip
+    assert lines[0].split() == ["NAME", "STATE", "ISOLATION", "IMAGE", "NETWORK", "VCPU", "MEMORY",
+                                "DISK", "UPTIME"]  # fmt: skip
     assert lines[1].split()[:4] == ["box", "running", "tcg", "debian-bookworm"]
     assert lines[2].split()[:3] == ["off", "stopped", "kvm"]
     assert lines[2].split()[-1] == "-"

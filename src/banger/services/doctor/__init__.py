@@ -1,7 +1,8 @@
 """The host's checks: what banger needs of it, what is missing, and the command that mends it.
 
-Owns one small function per check and the table of them. Only `fix` changes anything; the
-checks read, run programs that print, and make files in a temporary directory at most.
+Owns one small function per check and the table of them; those of Firecracker and of the networks
+have modules of their own. Only `fix` changes anything; the checks read, run programs that print,
+and make files in a temporary directory at most.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import shutil
 import sqlite3
 import stat
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from banger import __version__
 from banger.config import Config, config_path, load_config
@@ -28,15 +29,23 @@ from banger.guest.boot import agent_binary
 from banger.host.commands import HostCommands
 from banger.images.ext4 import probe_strategy
 from banger.paths import Paths
+from banger.services.doctor import firecracker, network
+from banger.services.doctor.findings import (
+    PROBE_TIMEOUT_S,
+    Check,
+    Host,
+    Mend,
+    fail,
+    install,
+    ok,
+    warning,
+)
 from banger.store.layout import Layout
 from banger.types import format_size
 from banger.vmm.probe import KvmProbe, probe_kvm
 
-OK = "ok"
-WARNING = "warning"
-FAIL = "fail"
+__all__ = ["Check", "fix", "run_checks"]
 
-_PROBE_TIMEOUT_S = 30  # `qemu -machine help` takes 0.1 s here; a loaded host 5 s
 _FIX_TIMEOUT_S = 1800
 _DAEMON_TIMEOUT_S = 5
 _ANSWER_LIMIT_BYTES = 64 * 1024
@@ -48,30 +57,6 @@ _KERNEL_TCG_BOUND = (6, 2)  # 6.1 runs under any QEMU; 6.12 is known not to
 _SUBORDINATE_IDS = (Path("/etc/subuid"), Path("/etc/subgid"))
 _SUBORDINATE_COUNT = 65536  # what mmdebstrap needs, and useradd gives
 _DEBIAN_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What one check found; `fix` is a command (or empty), run by `--fix` when `fixable`."""
-
-    name: str
-    status: str  # ok | warning | fail
-    message: str
-    fix: str = ""
-    fixable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What the checks look at, probed once."""
-
-    commands: HostCommands
-    paths: Paths
-    layout: Layout
-    config: Config
-    kvm: KvmProbe
-    qemu: tuple[int, int] | None
-    is_root: bool
 
 
 async def run_checks(
@@ -140,37 +125,10 @@ async def _guarded(host: Host, name: str, check: Callable[[Host], Awaitable[Chec
     try:
         found = await check(host)
     except BangerError as error:
-        found = _warning(f"could not be checked: {error.message}", error.hint)
+        found = warning(f"could not be checked: {error.message}", error.hint)
     except Exception as error:  # noqa: BLE001 - the other checks are worth more than this one
-        found = _warning(f"could not be checked: {type(error).__name__}: {error}")
+        found = warning(f"could not be checked: {type(error).__name__}: {error}")
     return replace(found, name=name)
-
-
-# The table at the end puts its name on what a check returns.
-
-
-class _Mend(NamedTuple):
-    """The command that mends, and whether `--fix` may run it."""
-
-    command: str
-    fixable: bool
-
-
-def _ok(message: str) -> Check:
-    return Check("", OK, message)
-
-
-def _warning(message: str, mend: _Mend | str = "") -> Check:
-    return _found(WARNING, message, mend)
-
-
-def _fail(message: str, mend: _Mend | str = "") -> Check:
-    return _found(FAIL, message, mend)
-
-
-def _found(status: str, message: str, mend: _Mend | str) -> Check:
-    command, fixable = (mend, False) if isinstance(mend, str) else mend
-    return Check("", status, message, command, fixable)
 
 
 # -- the virtual machine monitor
@@ -178,8 +136,8 @@ def _found(status: str, message: str, mend: _Mend | str) -> Check:
 
 async def _check_kvm(host: Host) -> Check:
     if host.kvm.usable:
-        return _ok(host.kvm.reason)
-    return _warning(
+        return ok(host.kvm.reason)
+    return warning(
         f"{host.kvm.reason}; VMs are emulated (tcg): right, and several times slower",
         "sudo usermod -aG kvm $USER" if "permission" in host.kvm.reason else "",
     )
@@ -187,30 +145,30 @@ async def _check_kvm(host: Host) -> Check:
 
 async def _check_vmm(host: Host) -> Check:
     if platform.machine() != "x86_64":
-        return _fail(f"banger runs on x86-64 hosts, this one is {platform.machine()}")
+        return fail(f"banger runs on x86-64 hosts, this one is {platform.machine()}")
     binary = host.config.qemu_bin
     if host.commands.find(binary) is None:
-        return _fail(f"{binary} is not installed", await _install(host, "qemu-system-x86"))
+        return fail(f"{binary} is not installed", await install(host, "qemu-system-x86"))
     if host.qemu is None:
-        return _fail(f"`{binary} --version` does not say that it is QEMU", "see qemu_bin in config")
+        return fail(f"`{binary} --version` does not say that it is QEMU", "see qemu_bin in config")
     version = _dotted(host.qemu)
     if host.qemu < _QEMU_FLOOR:
-        return _fail(
+        return fail(
             f"QEMU {version} is older than {_dotted(_QEMU_FLOOR)}",
-            await _install(host, "qemu-system-x86"),
+            await install(host, "qemu-system-x86"),
         )
     machines = await _first_words(host, [binary, "-machine", "help"])
     if "microvm" not in machines:
-        return _fail(
+        return fail(
             f"QEMU {version} has no microvm machine",
-            await _install(host, "qemu-system-x86"),
+            await install(host, "qemu-system-x86"),
         )
     accelerators = await _first_words(host, [binary, "-accel", "help"])
     wanted = "kvm" if host.kvm.usable else "tcg"
     if wanted not in accelerators:
-        return _fail(f"QEMU {version} has no accelerator {wanted}: a build without it")
+        return fail(f"QEMU {version} has no accelerator {wanted}: a build without it")
     named = ", ".join(sorted(accelerators & {"kvm", "tcg"}))
-    return _ok(f"QEMU {version} with microvm and {named}")
+    return ok(f"QEMU {version} with microvm and {named}")
 
 
 async def _check_pair(host: Host) -> Check:
@@ -218,14 +176,14 @@ async def _check_pair(host: Host) -> Check:
     kernel = host.config.default_kernel_name
     release = _kernel_release(host, kernel)
     if host.qemu is None:
-        return _warning("not checked: there is no QEMU")
+        return warning("not checked: there is no QEMU")
     if host.kvm.usable or host.qemu >= _QEMU_TCG_FLOOR or release < _KERNEL_TCG_BOUND:
-        return _ok(f"{kernel} on QEMU {_dotted(host.qemu)}")
+        return ok(f"{kernel} on QEMU {_dotted(host.qemu)}")
     message = f"{kernel} panics when emulated by QEMU {_dotted(host.qemu)}"
-    mend = await _install(host, "qemu-system-x86", backports=True)
+    mend = await install(host, "qemu-system-x86", backports=True)
     if mend.fixable:
-        return _fail(message, mend)
-    return _fail(
+        return fail(message, mend)
+    return fail(
         message,
         "QEMU 8 or newer (bookworm-backports has it), or an older kernel: "
         "`banger kernel pull generic-6.1` and default_kernel_name = "
@@ -249,7 +207,7 @@ async def _qemu_version(commands: HostCommands, binary: str) -> tuple[int, int] 
     if commands.find(binary) is None:
         return None
     try:
-        done = await commands.run([binary, "--version"], timeout_s=_PROBE_TIMEOUT_S, check=False)
+        done = await commands.run([binary, "--version"], timeout_s=PROBE_TIMEOUT_S, check=False)
     except (BangerError, OSError):
         return None
     found = re.search(rb"QEMU emulator version (\d+)\.(\d+)", done.stdout)
@@ -257,7 +215,7 @@ async def _qemu_version(commands: HostCommands, binary: str) -> tuple[int, int] 
 
 
 async def _first_words(host: Host, argv: list[str]) -> set[str]:
-    done = await host.commands.run(argv, timeout_s=_PROBE_TIMEOUT_S, check=False)
+    done = await host.commands.run(argv, timeout_s=PROBE_TIMEOUT_S, check=False)
     lines = done.stdout.decode(errors="replace").splitlines()
     return {line.split()[0] for line in lines if line.strip()}
 
@@ -271,11 +229,11 @@ def _dotted(version: tuple[int, int]) -> str:
 
 async def _check_ext4(host: Host) -> Check:
     if host.commands.find("mke2fs") is None or host.commands.find("e2fsck") is None:
-        return _fail("mke2fs or e2fsck is not installed", await _install(host, "e2fsprogs"))
+        return fail("mke2fs or e2fsck is not installed", await install(host, "e2fsprogs"))
     if await probe_strategy(host.commands) == "tar":
-        return _ok("mke2fs reads a tar from stdin")
-    mend = await _install(host, "e2fsprogs", backports=True)
-    return _warning(
+        return ok("mke2fs reads a tar from stdin")
+    mend = await install(host, "e2fsprogs", backports=True)
+    return warning(
         "mke2fs takes no tar (e2fsprogs before 1.47.1, or without libarchive): images are staged "
         "on disk first, which takes longer",
         mend if mend.fixable else "",
@@ -284,44 +242,44 @@ async def _check_ext4(host: Host) -> Check:
 
 async def _check_mmdebstrap(host: Host) -> Check:
     if host.commands.find("mmdebstrap") is None:
-        return _fail("mmdebstrap is not installed", await _install(host, "mmdebstrap"))
+        return fail("mmdebstrap is not installed", await install(host, "mmdebstrap"))
     if not _DEBIAN_KEYRING.exists():
-        return _fail(
+        return fail(
             "the keyring of Debian's archive is not installed",
-            await _install(host, "debian-archive-keyring"),
+            await install(host, "debian-archive-keyring"),
         )
-    return _ok("mmdebstrap and Debian's keyring are here")
+    return ok("mmdebstrap and Debian's keyring are here")
 
 
 async def _check_namespaces(host: Host) -> Check:
     if host.is_root:
-        return _ok("not needed: banger runs as root")
+        return ok("not needed: banger runs as root")
     if host.commands.find("newuidmap") is None:
-        return _fail(
+        return fail(
             "newuidmap is not installed: without root, images are built in a user namespace",
-            await _install(host, "uidmap"),
+            await install(host, "uidmap"),
         )
     user = pwd.getpwuid(os.getuid()).pw_name
     for file in _SUBORDINATE_IDS:
         if not _has_subordinate_ids(file, user):
             first = _free_subordinate_id()
             ids = f"{first}-{first + _SUBORDINATE_COUNT - 1}"
-            return _fail(
+            return fail(
                 f"{file} has no line for {user}",
-                _Mend(
+                Mend(
                     f"sudo usermod --add-subuids {ids} --add-subgids {ids} {shlex.quote(user)}",
                     fixable=True,
                 ),
             )
     done = await host.commands.run(
-        ["unshare", "--user", "--map-root-user", "true"], timeout_s=_PROBE_TIMEOUT_S, check=False
+        ["unshare", "--user", "--map-root-user", "true"], timeout_s=PROBE_TIMEOUT_S, check=False
     )
     if done.exit_status == 0:
-        return _ok(f"{user} may make user namespaces")
+        return ok(f"{user} may make user namespaces")
     if Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").exists():
         # Ubuntu lets mmdebstrap in by a profile of its own; `unshare` has none.
-        return _warning("AppArmor restricts user namespaces; mmdebstrap's own profile may allow it")
-    return _fail(
+        return warning("AppArmor restricts user namespaces; mmdebstrap's own profile may allow it")
+    return fail(
         f"user namespaces are not allowed here: {done.stderr.strip()[-200:]}",
         "sudo sysctl -w kernel.unprivileged_userns_clone=1",
     )
@@ -352,10 +310,10 @@ def _free_subordinate_id() -> int:
 async def _check_npm(host: Host) -> Check:
     for program in ("npm", "uvx"):
         if host.commands.find(program) is not None:
-            return _ok(f"{program} fetches the image's pinned npm extras")
-    return _warning(
+            return ok(f"{program} fetches the image's pinned npm extras")
+    return warning(
         "neither npm nor uv is installed: debian-bookworm is built without mise",
-        await _install(host, "npm"),
+        await install(host, "npm"),
     )
 
 
@@ -365,24 +323,22 @@ async def _check_npm(host: Host) -> Check:
 async def _check_ssh(host: Host) -> Check:
     missing = [name for name in ("ssh", "ssh-keygen") if host.commands.find(name) is None]
     if missing:
-        return _fail(
-            f"{' and '.join(missing)} not installed", await _install(host, "openssh-client")
-        )
-    return _ok("ssh and ssh-keygen are here")
+        return fail(f"{' and '.join(missing)} not installed", await install(host, "openssh-client"))
+    return ok("ssh and ssh-keygen are here")
 
 
 async def _check_git(host: Host) -> Check:
     if host.commands.find("git") is None:
-        return _fail("git is not installed: no workspaces", await _install(host, "git"))
-    return _ok("git is here")
+        return fail("git is not installed: no workspaces", await install(host, "git"))
+    return ok("git is here")
 
 
 async def _check_agent(_host: Host) -> Check:
     try:
         path = agent_binary()
     except Unavailable as error:
-        return _fail(error.message, f"{error.hint} (in banger's source), then `make install`")
-    return _ok(f"{path.name}, {format_size(path.stat().st_size)}")
+        return fail(error.message, f"{error.hint} (in banger's source), then `make install`")
+    return ok(f"{path.name}, {format_size(path.stat().st_size)}")
 
 
 async def _check_space(host: Host) -> Check:
@@ -390,12 +346,12 @@ async def _check_space(host: Host) -> Check:
     free = shutil.disk_usage(directory).free
     detail = f"{format_size(free)} free for {host.layout.data}"
     if not os.access(directory, os.W_OK | os.X_OK):
-        return _fail(f"{directory} is not writable for this user")
+        return fail(f"{directory} is not writable for this user")
     if free < _SPACE_FAIL_BYTES:
-        return _fail(f"only {detail}: an image does not fit", "banger vm prune")
+        return fail(f"only {detail}: an image does not fit", "banger vm prune")
     if free < _SPACE_WARN_BYTES:
-        return _warning(f"only {detail}", "banger vm prune")
-    return _ok(detail)
+        return warning(f"only {detail}", "banger vm prune")
+    return ok(detail)
 
 
 def _existing(path: Path) -> Path:
@@ -418,11 +374,11 @@ async def _check_runtime(host: Host) -> Check:
             and not stat.S_IMODE(found.st_mode) & 0o077
         )
         if not private:
-            return _fail(
+            return fail(
                 f"{path} is not a private directory of yours",
                 f"rm -r {shlex.quote(str(path))}, or set XDG_RUNTIME_DIR",
             )
-    return _ok(f"{runtime} is private" if runtime.exists() else f"{runtime} is made when needed")
+    return ok(f"{runtime} is private" if runtime.exists() else f"{runtime} is made when needed")
 
 
 # -- banger's own state
@@ -433,8 +389,8 @@ async def _check_config(host: Host) -> Check:
     try:
         load_config(host.paths.config_dir)
     except BangerError as error:
-        return _fail(error.message, error.hint)
-    return _ok(f"{path} is valid" if os.path.exists(path) else f"no {path}: defaults")
+        return fail(error.message, error.hint)
+    return ok(f"{path} is valid" if os.path.exists(path) else f"no {path}: defaults")
 
 
 async def _check_daemon(host: Host) -> Check:
@@ -443,16 +399,16 @@ async def _check_daemon(host: Host) -> Check:
         async with asyncio.timeout(_DAEMON_TIMEOUT_S):
             info = await _ask_daemon(socket)
     except (FileNotFoundError, ConnectionRefusedError):
-        return _ok("not running; any command that needs it starts it")
+        return ok("not running; any command that needs it starts it")
     except (OSError, TimeoutError, ValueError):
-        return _warning(f"it does not answer on {socket}", "banger daemon stop")
+        return warning(f"it does not answer on {socket}", "banger daemon stop")
     version = str(info.get("version"))
     if version != __version__:
-        return _warning(
+        return warning(
             f"version {version} runs, this is {__version__}; the next command replaces it",
             "banger daemon stop --if-idle",
         )
-    return _ok(f"version {version} runs, pid {info.get('pid')}")
+    return ok(f"version {version} runs, pid {info.get('pid')}")
 
 
 async def _ask_daemon(socket: Path) -> dict[str, Any]:
@@ -476,18 +432,18 @@ async def _ask_daemon(socket: Path) -> dict[str, Any]:
 async def _check_database(host: Host) -> Check:
     path = host.layout.database
     if not path.exists():
-        return _ok("none yet")
+        return ok("none yet")
     try:
         verdict = await asyncio.to_thread(_quick_check, path)
     except sqlite3.DatabaseError as error:
         verdict = str(error)
     if verdict == "ok":
-        return _ok(f"{path} reads back whole")
+        return ok(f"{path} reads back whole")
     if "locked" in verdict or "unable to open" in verdict:
-        return _warning(f"{path} cannot be read now: {verdict}")
+        return warning(f"{path} cannot be read now: {verdict}")
     name = shlex.quote(str(path))
     # Never by itself: the VMs in it are lost to banger when it goes.
-    return _fail(f"{path} is damaged: {verdict}", f"banger daemon stop; mv {name} {name}.damaged")
+    return fail(f"{path} is damaged: {verdict}", f"banger daemon stop; mv {name} {name}.damaged")
 
 
 def _quick_check(path: Path) -> str:
@@ -505,31 +461,15 @@ def _quick_check(path: Path) -> str:
     return str(row[0])
 
 
-# -- mending
-
-
-async def _install(host: Host, package: str, *, backports: bool = False) -> _Mend:
-    """Return the command that installs a package, and whether it may be run by --fix.
-
-    With `backports` it is fixable only where apt knows bookworm-backports already: whose
-    archive to trust is not ours to choose here (`make install` asks apt's own sources).
-    """
-    if host.commands.find("apt-get") is None:
-        return _Mend(f"install {package} (Debian's name for it)", fixable=False)
-    command = f"sudo apt-get install -y --no-install-recommends {package}"
-    if not backports:
-        return _Mend(command, fixable=True)
-    policy = await host.commands.run(
-        ["apt-cache", "policy"], timeout_s=_PROBE_TIMEOUT_S, check=False
-    )
-    known = b"bookworm-backports" in policy.stdout
-    return _Mend(f"{command} -t bookworm-backports", fixable=known)
-
-
 _CHECKS: tuple[tuple[str, Callable[[Host], Awaitable[Check]]], ...] = (
     ("kvm", _check_kvm),
     ("vmm", _check_vmm),
     ("kernel and vmm", _check_pair),
+    ("firecracker", firecracker.check_firecracker),
+    ("jailer", firecracker.check_jailer),
+    ("passt", network.check_passt),
+    ("bridge", network.check_bridge),
+    ("names", network.check_names),
     ("e2fsprogs", _check_ext4),
     ("mmdebstrap", _check_mmdebstrap),
     ("user namespaces", _check_namespaces),

@@ -1,0 +1,110 @@
+"""The user network: passt for QEMU, pasta for Firecracker. Needs no root.
+
+Owns their command lines and the addresses of that network, which are the same under both VMMs.
+Outbound only: the gateway is not mapped to the host (`--no-map-gw`), and nothing listens but
+the forwards asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from banger.errors import CommandFailed, Unavailable, VmmFailed
+from banger.host.commands import HostCommands
+from banger.network.publish import Forward
+
+# QEMU's own user network has these, so guests and habits know them.
+GUEST_ADDRESS = "10.0.2.15"
+GUEST_PREFIX = 24
+GATEWAY = "10.0.2.2"
+NAME_SERVER = "10.0.2.3"
+# The gateway's link address: locally administered, and no VM's (theirs are random).
+_GATEWAY_MAC = "02:62:6e:67:00:02"
+
+# It answers within 20 ms; a busy host has been seen to take seconds.
+_START_TIMEOUT_S = 20.0
+
+
+def common_arguments(forwards: Iterable[Forward]) -> list[str]:
+    """Return what passt and pasta are told alike."""
+    ports = [f"{f.host}/{f.host_port}:{f.guest_port}" for f in forwards]
+    return [
+        "--quiet",
+        "--ipv4-only",
+        "--no-map-gw",
+        *("--address", GUEST_ADDRESS),
+        *("--netmask", str(GUEST_PREFIX)),
+        *("--gateway", GATEWAY),
+        *("--mac-addr", _GATEWAY_MAC),
+        *("--dns-forward", NAME_SERVER),
+        "--no-dhcp",
+        *("--udp-ports", "none"),
+        *[word for port in ports for word in ("--tcp-ports", port)],
+        *([] if ports else ["--tcp-ports", "none"]),
+    ]
+
+
+def passt_arguments(fd: int, forwards: Iterable[Forward]) -> list[str]:
+    """Return passt's command line for a VMM at the other end of the connected socket `fd`.
+
+    It goes when the VMM closes its end, so nothing has to sweep it.
+    """
+    return ["passt", *common_arguments(forwards), "--fd", str(fd)]
+
+
+def pasta_arguments(pid: int, interface: str, forwards: Iterable[Forward], mark: str) -> list[str]:
+    """Return pasta's command line for the namespaces of `pid`; it makes `interface` there.
+
+    Older ones stay when the namespace is left, so `mark` makes it findable: as a search domain,
+    which without DHCP nobody is told.
+    """
+    return [
+        "pasta",
+        *common_arguments(forwards),
+        *("--ns-ifname", interface),
+        # Towards the host the namespace gets nothing: no port of the host's loopback.
+        *("--tcp-ns", "none"),
+        *("--udp-ns", "none"),
+        *("--search", mark),
+        str(pid),
+    ]
+
+
+async def start_passt(commands: HostCommands, fd: int, forwards: Iterable[Forward]) -> None:
+    """Start passt on `fd` and return once it serves; raises Unavailable and VmmFailed."""
+    await _start(commands, passt_arguments(fd, forwards), pass_fds=(fd,))
+
+
+async def start_pasta(
+    commands: HostCommands,
+    pid: int,
+    interface: str,
+    forwards: Iterable[Forward],
+    *,
+    mark: str,
+    prefix: Sequence[str] = (),
+) -> None:
+    """Join the namespaces of `pid` to the world and return once `interface` is there.
+
+    `prefix` are the words that make it run as who made them.
+    """
+    await _start(commands, pasta_arguments(pid, interface, forwards, mark), prefix=prefix)
+
+
+async def _start(
+    commands: HostCommands,
+    argv: list[str],
+    *,
+    prefix: Sequence[str] = (),
+    pass_fds: tuple[int, ...] = (),
+) -> None:
+    commands.need(argv[0], hint="install it: `banger doctor --fix` (Debian package passt)")
+    try:
+        await commands.run([*prefix, *argv], timeout_s=_START_TIMEOUT_S, pass_fds=pass_fds)
+    except Unavailable as error:
+        why = error.stderr_tail if isinstance(error, CommandFailed) else error.message
+        said = " / ".join(line for line in why.splitlines() if "syslog" not in line)[-300:]
+        raise VmmFailed(
+            f"{argv[0]} did not start: {said or 'it said nothing'}",
+            hint="see `banger doctor`; `--network none` starts without a network",
+        ) from error
