@@ -4,7 +4,7 @@ BANGER_SKIP_PACKAGES ?=
 export PREFIX BANGER_SKIP_PACKAGES
 PYTHON = .venv/bin/python
 
-.PHONY: help install uninstall agent venv fmt check test test-lab bench lock clean
+.PHONY: help install uninstall agent venv fmt check test test-lab bench bench-lab lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test-lab: ## the tests that need KVM or Firecracker, in a lab machine of our own
 
 bench: venv agent ## measure, and write docs/benchmarks.md
 	$(PYTHON) -m benchmarks.run
+
+bench-lab: ## measure Firecracker in the lab, and write docs/benchmarks-firecracker.md
+	@scripts/bench-lab.sh
 
 lock: ## pin all dependencies anew into requirements/
 	@scripts/lock.sh

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,73 +26,26 @@ from banger.catalog import image_entry
 from banger.client import connection
 from banger.events import NullSink
 from banger.guest import agent, transport
+from banger.guest.boot import GuestNetwork
 from banger.host.commands import HostCommands
 from banger.host.files import allocated_bytes
 from banger.images.debian import write_debian_tar
+from banger.network import usermode
 from banger.services.artifact_sources import ImageSource
 from banger.services.boot import BootFiles
 from banger.store.database import Database
 from banger.store.vms import VmRepository
+from banger.vmm.base import NetworkSpec
 from banger.vmm.probe import probe_kvm
 from banger.vmm.qemu import Qemu
-from banger.vmm.select import choose_vmm
+from banger.vmm.select import VmmChoice, choose_vmm
+from benchmarks.table import Row, at_most, faster, in_turns, render, shown_time, timed, within
 from tests.support.artifacts import cache_root, need_image, need_kernel
 from tests.support.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "debian-bookworm"
 FILES = 10_000
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what, the two figures, their ratio, the budget, does it hold."""
-
-    what: str
-    ours: str
-    against: str
-    ratio: str
-    budget: str
-    holds: bool | None
-
-
-def timed(step: Callable[[], object]) -> float:
-    """Return the seconds one call takes."""
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def in_turns(
-    ours: Callable[[], object], peer: Callable[[], object], rounds: int
-) -> tuple[float, float]:
-    """Return median seconds of two things measured turn by turn, so that both see one host."""
-    both = [(timed(ours), timed(peer)) for _ in range(rounds)]
-    return statistics.median(o for o, _ in both), statistics.median(p for _, p in both)
-
-
-def at_most(what: str, ours_s: float, peer: str, peer_s: float, limit: float) -> Row:
-    """Return a row whose budget is `ours <= limit x peer`."""
-    ratio = ours_s / peer_s
-    against = f"{peer}: {_time(peer_s)}"
-    return Row(what, _time(ours_s), against, f"{ratio:.2f}x", f"<= {limit:g}x", ratio <= limit)
-
-
-def faster(what: str, ours_s: float, peer: str, peer_s: float, times: float) -> Row:
-    """Return a row whose budget is `peer >= times x ours`."""
-    ratio = peer_s / ours_s
-    against = f"{peer}: {_time(peer_s)}"
-    budget = f">= {times:g}x faster"
-    return Row(what, _time(ours_s), against, f"{ratio:.1f}x faster", budget, ratio >= times)
-
-
-def within(what: str, ours: float, shown: str, limit: float, budget: str) -> Row:
-    """Return a row whose budget is an absolute limit."""
-    return Row(what, shown, "limit", f"{ours / limit:.2f} of it", budget, ours <= limit)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def cli_rows(user: Sandbox) -> Iterator[Row]:
@@ -124,7 +77,7 @@ def create_rows(user: Sandbox) -> Iterator[Row]:
     create("warm-up")  # makes the disk template, once per size
     spent = statistics.median(timed(lambda n=n: create(f"bench-{n}")) for n in range(7))  # type: ignore[misc]
     yield within(
-        "VM create without start, asked and answered", spent, _time(spent), 0.050, "<= 50 ms"
+        "VM create without start, asked and answered", spent, shown_time(spent), 0.050, "<= 50 ms"
     )
     used = allocated_bytes(Path(user.json("vm", "show", "bench-0")["directory"]))
     shown = f"{used / 2**20:.2f} MiB"
@@ -153,9 +106,22 @@ class BareVm:
         vm_files = layout.vm(row.id)
         vm_files.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         boot = BootFiles(layout, HostCommands())
-        spec = await boot.prepare(row, vm_files, choose_vmm("auto", probe_kvm()), "ssh-ed25519 AA")
+        spec = await boot.prepare(
+            row,
+            vm_files,
+            _choice(),
+            "ssh-ed25519 AA",
+            guest_network=GuestNetwork(
+                f"{usermode.GUEST_ADDRESS}/{usermode.GUEST_PREFIX}",
+                usermode.GATEWAY,
+                (usermode.NAME_SERVER,),
+            ),
+            drives_by_serial=True,
+        )
         # A disk that was never booted, as the cold run has.
-        fresh = replace(spec, own_disk=vm_files.directory / "fresh.ext4")
+        fresh = replace(
+            spec, own_disk=vm_files.directory / "fresh.ext4", network=NetworkSpec(row.mac)
+        )
         fresh.own_disk.unlink(missing_ok=True)
         await boot.make_disk(fresh.own_disk, row.disk_size_bytes)
         begin = time.perf_counter()
@@ -206,7 +172,9 @@ def exec_rows(user: Sandbox) -> Iterator[Row]:
     yield replace(faster(text, whole, "`ssh bench.vm true`", peer, 1), budget="(none)", holds=None)
     floor = statistics.median(timed(lambda: agent.stats(endpoint)) for _ in range(20))
     text = "its floor: one request and answer, no process"
-    yield Row(text, _time(floor), f"exec: {_time(ours)}", f"{ours / floor:.1f}x", "(none)", None)
+    yield Row(
+        text, shown_time(floor), f"exec: {shown_time(ours)}", f"{ours / floor:.1f}x", "(none)", None
+    )
 
 
 def workspace_rows(user: Sandbox) -> Iterator[Row]:
@@ -300,31 +268,26 @@ def rows(user: Sandbox, rounds: int, *, build: bool) -> Iterator[Row]:
         yield build_row()
 
 
-def render(found: list[Row]) -> str:
+def page(found: list[Row]) -> str:
     """Return the page."""
     qemu = subprocess.run(
         ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
     ).stdout
-    choice = choose_vmm("auto", probe_kvm())
-    lines = [
-        "# Benchmarks",
-        "",
+    intro = [
         "Written by `make bench`; do not edit. Every row was measured in one run, ours and the peer",
         "in turns, medians. The ratio is what counts: seconds are those of this machine.",
-        "",
-        f"- when: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"- host: {os.cpu_count()} CPUs, Linux {platform.release()}, {qemu.splitlines()[0]}, {choice.accel}",
-        f"- image: {IMAGE}; Python {platform.python_version()}",
-        "",
-        "| what | ours | against | ratio | budget | holds |",
-        "|---|---|---|---|---|---|",
     ]
-    for row in found:
-        holds = {True: "yes", False: "**no**", None: ""}[row.holds]
-        lines.append(
-            f"| {row.what} | {row.ours} | {row.against} | {row.ratio} | {row.budget} | {holds} |"
-        )
-    return "\n".join(lines) + "\n"
+    facts = [
+        f"when: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"host: {os.cpu_count()} CPUs, Linux {platform.release()}, {_choice().accel}",
+        f"VMM: {qemu.splitlines()[0]}",
+        f"image: {IMAGE}; Python {platform.python_version()}",
+    ]
+    return render("Benchmarks", intro, facts, found)
+
+
+def _choice() -> VmmChoice:
+    return choose_vmm("qemu", probe_kvm(), "not measured here")
 
 
 def main() -> int:
@@ -343,7 +306,7 @@ def main() -> int:
             found.append(row)
     finally:
         user.close()
-    (ROOT / "docs" / "benchmarks.md").write_text(render(found))
+    (ROOT / "docs" / "benchmarks.md").write_text(page(found))
     return int(any(row.holds is False for row in found))
 
 

@@ -25,6 +25,8 @@ else
     "$python" -c '' 2>/dev/null || "$uv" venv --quiet --clear --python "$(find_python)" "$tools/venv"
     "$uv" pip sync --quiet --python "$python" --compile-bytecode --require-hashes requirements/run.txt requirements/uv.txt
     "$uv" pip install --quiet --python "$python" --compile-bytecode --no-deps .build/dist/banger-*.whl
+    # It may run as root for others: isolated, whatever a sudo rule lets into its environment.
+    sed -i '1s|\(bin/python[0-9.]*\)$|\1 -I|' "$tools/venv/bin/banger-net-helper"
     ln -sfn "$tools/venv/bin/banger" "$tools/venv/bin/bangerd" "$PREFIX/bin/"
     printf '%s' "$wanted" >"$stamp"
 fi

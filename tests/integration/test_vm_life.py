@@ -365,3 +365,12 @@ async def test_an_exec_goes_on_while_the_daemon_restarts(parts: Parts) -> None:
     status, out, _ = await running
     assert (status.exit_code, out) == (0, b"done\n")
     await later.close()
+
+
+async def test_two_first_starts_at_once_make_one_key_and_both_come_up(parts: Parts) -> None:
+    """The key's lock is held over an await: waited for in the loop, it stopped the whole daemon."""
+    both = await asyncio.wait_for(
+        asyncio.gather(*(parts.vms.create({"name": n, "start": True}, NullSink()) for n in "ab")),
+        60,
+    )
+    assert [vm["state"] for vm in both] == ["running", "running"]

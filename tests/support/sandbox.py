@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ EVIDENCE = Path(__file__).parents[2] / "test-results"
 class Sandbox:
     """One made-up user. `run` is the command line as that user types it."""
 
-    def __init__(self, *, artifacts: bool = True) -> None:
+    def __init__(self, *, artifacts: bool = True, prefix: Sequence[str] = ()) -> None:
+        # Words before every command, such as those that enter a network namespace.
+        self.prefix = list(prefix)
         # Short: sockets live below, and sun_path is 108 bytes.
         self.root = Path(tempfile.mkdtemp(prefix="bng-"))
         self.home = self.root / "home"
@@ -53,7 +56,7 @@ class Sandbox:
 
     def command(self, *words: str | bytes) -> list[str | bytes]:
         """Return the argv of a banger command."""
-        return [sys.executable, "-m", "banger", *words]
+        return [*self.prefix, sys.executable, "-m", "banger", *words]
 
     def run(
         self,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -301,9 +302,14 @@ def _tap_take(bridge: plan.Bridge, port: plan.Port, tap_uid: int, owner: int) ->
         holder = _check_tap(row, bridge.name, owner)
         if holder not in (None, port.vm_id):
             raise Conflict(f"{tap} belongs to the VM {holder}")
+        if holder is None and "LOWER_UP" in row["flags"]:
+            raise Conflict(f"a process is attached to {tap}, which is idle")
         _run("ip", "link", "set", "dev", tap, "alias", f"banger {owner} {port.vm_id}")
-        with _attached(tap) as fd:
-            fcntl.ioctl(fd, _TUNSETOWNER, tap_uid)
+        if not _is_owned_by(row, tap_uid):
+            # Attaching makes the carrier come and go, of which the kernel tells the bridge once a
+            # second: only where it has to be.
+            with _attached(tap) as fd:
+                fcntl.ioctl(fd, _TUNSETOWNER, tap_uid)
         isolated = "on" if port.isolated else "off"
         _run("bridge", "link", "set", "dev", tap, "isolated", isolated)
         _run("bridge", "fdb", "replace", port.mac, "dev", tap, "master", "static")
@@ -433,6 +439,14 @@ def _check_tap(row: dict[str, Any], bridge: str, owner: int) -> str | None:
     ):
         raise Conflict(f"the interface {row['ifname']} is not a tap of yours on {bridge}")
     return None if mark[2] == "idle" else mark[2]
+
+
+def _is_owned_by(row: dict[str, Any], uid: int) -> bool:
+    user = str(row["linkinfo"].get("info_data", {}).get("user", ""))
+    try:
+        return user in (str(uid), pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        return user == str(uid)
 
 
 def _is_half_made(row: dict[str, Any]) -> bool:

@@ -23,8 +23,9 @@ from banger.errors import Conflict, InvalidInput
 DEFAULT_HOST = "127.0.0.1"
 _CHUNK_BYTES = 256 << 10
 _CONNECT_TIMEOUT_S = 10.0
-# A busy page opens six; a bound, so that nobody on the host can make us hold endless sockets.
-_CONNECTIONS = 512
+# A busy page opens six. Each takes two descriptors, of which a process has 1024 where nobody says
+# otherwise: beyond the bound a connection is closed at once, and the others go on.
+_CONNECTIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def parse_publishes(texts: Iterable[str]) -> tuple[Forward, ...]:
 
 
 def _port(text: str, whole: str) -> int:
-    if text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 65535:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
         return int(text)
     raise InvalidInput(
         f"--publish {whole!r}: {text!r} is not a port (1 to 65535)",
@@ -120,6 +121,8 @@ async def serve(forwards: Iterable[Forward], guest: str, ended: asyncio.Event) -
     def carrier(port: int):  # type: ignore[no-untyped-def]  # asyncio's own callback shape
         async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.closing(writer), contextlib.suppress(OSError, TimeoutError):
+                if room.locked():
+                    return
                 async with room:
                     async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                         back, forth = await asyncio.open_connection(guest, port)
@@ -152,22 +155,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="banger-publish")
     parser.add_argument("--mark", required=True, help="says whose this is, in the process table")
     parser.add_argument("--pid", type=int, required=True, help="ends with this process")
-    parser.add_argument("--guest", required=True)
-    parser.add_argument("forwards", nargs="+", type=parse_publish)
+    parser.add_argument("--guest", type=IPv4Address, required=True)
+    parser.add_argument("forwards", nargs="+", type=_forward)
     options = parser.parse_args()
 
     async def run() -> None:
         ended = asyncio.Event()
         pidfd = os.pidfd_open(options.pid)
-        asyncio.get_running_loop().add_reader(pidfd, ended.set)
-        await serve(options.forwards, options.guest, ended)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(pidfd, ended.set)
+        # Nobody reads our stderr once we serve: asyncio's complaints would fill the pipe in the
+        # end, and the write that blocks then would stop every connection.
+        loop.set_exception_handler(lambda *_: None)
+        await serve(options.forwards, str(options.guest), ended)
 
     try:
         asyncio.run(run())
-    except OSError as error:
-        print(f"banger-publish: {error.strerror or error}", file=sys.stderr)
+    except (OSError, OverflowError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        print(f"banger-publish: {said or error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _forward(text: str) -> Forward:
+    try:
+        return parse_publish(text)
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 if __name__ == "__main__":

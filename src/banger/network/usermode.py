@@ -7,6 +7,7 @@ the forwards asked for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 from banger.errors import CommandFailed, Unavailable, VmmFailed
@@ -52,15 +53,19 @@ def passt_arguments(fd: int, forwards: Iterable[Forward]) -> list[str]:
     return ["passt", *common_arguments(forwards), "--fd", str(fd)]
 
 
-def pasta_arguments(pid: int, interface: str, forwards: Iterable[Forward], mark: str) -> list[str]:
+def pasta_arguments(
+    pid: int, interface: str, forwards: Iterable[Forward], mark: str, *, root: bool
+) -> list[str]:
     """Return pasta's command line for the namespaces of `pid`; it makes `interface` there.
 
     Older ones stay when the namespace is left, so `mark` makes it findable: as a search domain,
-    which without DHCP nobody is told.
+    which without DHCP nobody is told. With `root` the namespaces are root's.
     """
     return [
         "pasta",
         *common_arguments(forwards),
+        # Else it becomes nobody, who may not enter them.
+        *(("--runas", "0:0") if root else ()),
         *("--ns-ifname", interface),
         # Towards the host the namespace gets nothing: no port of the host's loopback.
         *("--tcp-ns", "none"),
@@ -86,9 +91,11 @@ async def start_pasta(
 ) -> None:
     """Join the namespaces of `pid` to the world and return once `interface` is there.
 
-    `prefix` are the words that make it run as who made them.
+    `prefix` are the words that make it run as who made them; none when we made them.
     """
-    await _start(commands, pasta_arguments(pid, interface, forwards, mark), prefix=prefix)
+    root = not prefix and os.geteuid() == 0
+    argv = pasta_arguments(pid, interface, forwards, mark, root=root)
+    await _start(commands, argv, prefix=prefix)
 
 
 async def _start(

@@ -6,6 +6,7 @@ names them all; so nothing is ever trusted on first use.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ class IdentityService:
         self._layout = layout
         self._commands = commands
         self._ssh_key = ssh_key
+        self._key_lock = asyncio.Lock()
 
     async def authorized_key(self) -> str:
         """Return the public half of the user's key in authorized_keys form, making the key once.
@@ -40,9 +42,12 @@ class IdentityService:
                     f"the ssh key {self._ssh_key} does not exist",
                     hint="make it with ssh-keygen, or take ssh_key_path out of the config",
                 )
-            with locked(directory / ".lock"):
-                if not self._ssh_key.exists():
-                    await self._make_key(self._ssh_key, "banger")
+            # Ours in line first: waiting for the file's lock stops the whole daemon, and with it who
+            # holds it. The file's is for a daemon of another data directory.
+            async with self._key_lock:
+                with locked(directory / ".lock"):
+                    if not self._ssh_key.exists():
+                        await self._make_key(self._ssh_key, "banger")
         try:
             return public.read_text().strip()
         except OSError as error:

@@ -228,7 +228,10 @@ class VmService:
             # A `vm run` that did not come up leaves nothing behind but what tells why.
             await asyncio.to_thread(self._keep_logs, self._layout.vm(row.id))
             if isinstance(error, VmmFailed | TimedOut):
-                error.hint = f"its console and log: {self._layout.last_failed_boot}"
+                # Where its logs are now; what else a hint says stays.
+                kept = str(self._layout.last_failed_boot)
+                error.hint = error.hint.replace(str(self._layout.vm(row.id).directory), kept)
+                error.hint = error.hint or f"its console and log: {kept}"
             with contextlib.suppress(NotFound):  # deleted by somebody else meanwhile
                 await self.delete(row.id)
             raise
@@ -351,7 +354,6 @@ class VmService:
                     hint=f"put it back, or `banger vm delete {row.name}`",
                 )
             choice = self._choose(row.vmm)
-            await self._networks.check(row.network)
             await together(self._images.check(row.image), self._kernels.check(row.kernel))
             authorized_key = await self._identity.authorized_key()
             row = await self._make_unique(row, jailed=self._vmms[choice.vmm].capabilities.jailed)

@@ -42,8 +42,8 @@ class Children:
             os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             for path in (output or log, log)
         ]
-        try:
-            child = await asyncio.to_thread(
+        starting = asyncio.create_task(
+            asyncio.to_thread(
                 subprocess.Popen,
                 argv,
                 stdin=stdin,
@@ -55,6 +55,16 @@ class Children:
                 umask=0o077,
                 pass_fds=tuple(pass_fds),
             )
+        )
+        try:
+            child = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The thread goes on: who cancels must find neither a process that comes up behind
+            # its sweep, nor descriptors closed while they are inherited.
+            await asyncio.wait([starting])
+            if starting.exception() is None:
+                await self.end(starting.result())
+            raise
         except OSError as error:
             raise VmmFailed(f"cannot start {argv[0]}: {error.strerror}") from error
         finally:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from banger.errors import BangerError, Unavailable, VmmFailed
-from banger.guest.transport import Endpoint, HybridVsock
+from banger.guest.transport import Endpoint, HybridVsock, connect_unix, socket_path
 from banger.host.commands import HostCommands
 from banger.host.files import last_lines
 from banger.host.process import ProcessIdentity, find_by_argument
@@ -33,6 +33,10 @@ from banger.vmm.children import Children
 # It opens its socket within 15 ms; in a nested lab under load it has taken 4 s.
 _START_TIMEOUT_S = 30.0
 _POLL_S = 0.005
+# A killed process is gone within milliseconds; one that waits for its disk is not.
+_GONE_TIMEOUT_S = 10.0
+# pasta forks while it starts: one look may find the parent only.
+_SWEEPS = 5
 _API_SOCKET = "fc.sock"
 _VSOCK_SOCKET = "v.sock"
 _JAIL = "jail"
@@ -150,9 +154,17 @@ class Firecracker:
     async def sweep(self, vm_id: str, runtime: Path, directory: Path) -> None:
         """End pasta and remove chroot, cgroup and sockets; idempotent."""
         mark = mark_of(vm_id, runtime)
-        for process in await asyncio.to_thread(find_by_argument, mark):
-            process.kill()
-            await process.wait()
+        for _ in range(_SWEEPS):
+            found = await asyncio.to_thread(find_by_argument, mark)
+            ours = [process for process in found if _may_end(process)]
+            if not ours:
+                break
+            for process in ours:
+                process.kill()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GONE_TIMEOUT_S):
+                    for process in ours:
+                        await process.wait()
         await asyncio.to_thread(jail.sweep_jail, directory, mark)
         for name in (_API_SOCKET, _VSOCK_SOCKET, _JAIL):
             (runtime / name).unlink(missing_ok=True)
@@ -219,12 +231,11 @@ class Firecracker:
             for fd in (says, waits):
                 os.close(fd)
             says = waits = -1
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                if not await asyncio.to_thread(os.read, said, 16):
-                    raise VmmFailed(
-                        f"the VM's network namespace could not be made: {last_lines(spec.vmm_log)}",
-                        hint="`banger doctor` checks user namespaces; or take `--vmm qemu`",
-                    )
+            if not await _read_soon(said):
+                raise VmmFailed(
+                    f"the VM's network namespace could not be made: {last_lines(spec.vmm_log)}",
+                    hint="`banger doctor` checks user namespaces; or take `--vmm qemu`",
+                )
             await start_pasta(
                 self._commands,
                 child.pid,
@@ -256,19 +267,55 @@ class Firecracker:
                 raise VmmFailed(
                     f"Firecracker ended with status {status}: {last_lines(spec.vmm_log)}"
                 )
-            if socket.is_socket():
-                pid = child.pid if spec.jail_uid is None else _jailed_pid(spec, executable)
-                process = None if pid is None else ProcessIdentity.of(pid)
-                if process is not None:
-                    return process
-                if pid is not None:
-                    raise VmmFailed(f"Firecracker ended at once: {last_lines(spec.vmm_log)}")
+            pid = child.pid if spec.jail_uid is None else _jailed_pid(spec, executable)
+            process = None if pid is None else ProcessIdentity.of(pid)
+            if process is None and status == 0:
+                raise VmmFailed(f"Firecracker ended at once: {last_lines(spec.vmm_log)}")
+            if process is not None and _listens(socket):
+                return process
             if asyncio.get_running_loop().time() > deadline:
                 raise VmmFailed(
                     f"Firecracker did not answer within {_START_TIMEOUT_S:.0f} s: "
                     f"{last_lines(spec.vmm_log)}"
                 )
             await asyncio.sleep(_POLL_S)
+
+
+async def _read_soon(fd: int) -> bytes:
+    """Return what comes through a pipe first, empty at its end; raises VmmFailed when none does."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            await ready.wait()
+    except TimeoutError as error:
+        raise VmmFailed(
+            f"the VM's network namespace was not there within {_START_TIMEOUT_S:.0f} s"
+        ) from error
+    finally:
+        loop.remove_reader(fd)
+    return os.read(fd, 16)
+
+
+def _may_end(process: ProcessIdentity) -> bool:
+    """Tell whether we may signal a process: any user can give theirs our mark."""
+    try:
+        os.kill(process.pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _listens(path: Path) -> bool:
+    """Tell whether a connection is taken: the socket's file is there a moment before."""
+    with (
+        contextlib.suppress(OSError),
+        socket_path(str(path)) as name,
+        contextlib.closing(connect_unix(name)),
+    ):
+        return True
+    return False
 
 
 def _sockets(runtime: Path) -> Path:

@@ -6,6 +6,8 @@ Owns bodies and paths; tests validate each against upstream's own description of
 
 from __future__ import annotations
 
+import asyncio
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 # It answers in 1-3 ms; InstanceStart takes 0.1 s, and has taken 3 s in a nested lab under load.
 _REQUEST_TIMEOUT_S = 30.0
+# A machine's whole configuration takes 2 KB. Who answers may be a VMM that its guest took over.
+_ANSWER_LIMIT_BYTES = 64 << 10
+_FAULT_LIMIT = 500
 
 
 class Call(NamedTuple):
@@ -130,26 +135,53 @@ class FirecrackerApi:
         if self._client is None:
             raise RuntimeError("not connected")
         try:
-            answer = await self._client.request(
-                call.method, call.path, json=call.body if call.method != "GET" else None
-            )
+            # httpx2 bounds each read; this, all of them together.
+            async with asyncio.timeout(_REQUEST_TIMEOUT_S):
+                status, content = await _exchange(self._client, call)
+        except TimeoutError as error:
+            raise VmmFailed(
+                f"Firecracker did not {call.name} within {_REQUEST_TIMEOUT_S:.0f} s"
+            ) from error
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise VmmFailed(f"Firecracker did not {call.name}: {reason}") from error
-        fault = _fault(answer)
-        if fault is not None:
+        if status >= 300:
+            fault = _fault(content) or f"status {status}"
             raise VmmFailed(f"Firecracker refused to {call.name}: {fault}", code="vmm_refused")
-        body: dict[str, Any] = answer.json() if answer.content else {}
+        body = _object(content) if content else {}
+        if body is None:
+            raise VmmFailed(f"Firecracker did not {call.name}: its answer is no JSON object")
         return body
 
 
-def _fault(answer: httpx2.Response) -> str | None:
-    """Return why a request was refused, None when it was not."""
-    if answer.status_code < 400:
-        return None
+async def _exchange(client: httpx2.AsyncClient, call: Call) -> tuple[int, bytes]:
+    """Make a request and return status and body; raises VmmFailed for an endless one."""
+    content = b""
+    async with client.stream(
+        call.method, call.path, json=call.body if call.method != "GET" else None
+    ) as answer:
+        # Raw: it compresses nothing, and what claims to be compressed may be a bomb.
+        async for chunk in answer.aiter_raw():
+            content += chunk
+            if len(content) > _ANSWER_LIMIT_BYTES:
+                raise VmmFailed(
+                    f"Firecracker did not {call.name}: "
+                    f"it answered with more than {_ANSWER_LIMIT_BYTES >> 10} KiB"
+                )
+        return answer.status_code, content
+
+
+def _object(content: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in an answer, None when it holds none."""
     try:
-        said = answer.json()["fault_message"]
-    except (ValueError, KeyError, TypeError):
-        said = answer.text[:500]
-    # A fault may run over lines; an error of ours is one.
-    return " ".join(str(said).split()) or f"status {answer.status_code}"
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _fault(content: bytes) -> str:
+    """Return why a request was refused: one line that steers no terminal."""
+    said = (_object(content) or {}).get("fault_message", content.decode(errors="replace"))
+    shown = "".join(c if c.isprintable() else " " for c in str(said))
+    return " ".join(shown.split())[:_FAULT_LIMIT]

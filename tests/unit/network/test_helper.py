@@ -316,7 +316,9 @@ def test_a_forward_policy_that_stops_vms_is_seen(
 
 def test_only_plan_and_errors_of_banger_come_along_to_root() -> None:
     code = "import sys, banger.network.helper; print(*sorted(m for m in sys.modules if m.startswith('banger')))"
-    done = subprocess.run([sys.executable, "-I", "-c", code], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], check=False, capture_output=True, text=True
+    )
     expected = [
         "banger",
         "banger.errors",
