@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +32,19 @@ from banger.events import NullSink
 from banger.host.commands import HostCommands
 from banger.host.process import find_by_argument
 from banger.network.publish import Forward
+from banger.services.reconcile import reconcile
 from banger.vmm import children, firecracker, jail, launch
 from banger.vmm import firecracker_api as api
 from banger.vmm.base import NetworkSpec, VmSpec
 from banger.vmm.firecracker import Firecracker
 from tests.support.artifacts import need_firecracker
 from tests.support.fake_firecracker import FakeFirecracker
+from tests.support.parts import Parts
 
 SINK = NullSink()
 NOBODY = 65534
+CLONE_NEWNET = 0x40000000
+CLONE_NEWNS = 0x00020000
 # Nobody's: neither a user of the host nor in the range the product hands out.
 JAIL_UID = 1_800_000_001
 MAC = "02:00:00:00:00:01"
@@ -72,7 +79,7 @@ def root() -> Iterator[Path]:
 
 
 @pytest.fixture
-def spec(root: Path) -> VmSpec:
+def spec(root: Path) -> Iterator[VmSpec]:
     """A machine whose files are there, as small as files can be."""
     vm_id = os.urandom(6).hex()  # the mark is in the table of all processes of the host
     runtime = root / "c0ffee0001" / "vms" / vm_id
@@ -80,8 +87,8 @@ def spec(root: Path) -> VmSpec:
     directory = root / "vm"
     directory.mkdir(mode=0o700)
     for name in ("vmlinux", "initramfs.img", "base.ext4", "own.ext4", "mods.ext4"):
-        (directory / name).write_bytes(b"")
-    return VmSpec(
+        (directory / name).touch(mode=0o600)
+    made = VmSpec(
         id=vm_id,
         vcpu=1,
         memory_bytes=128 << 20,
@@ -99,6 +106,9 @@ def spec(root: Path) -> VmSpec:
         network=None,
         metrics_log=directory / "metrics.json",
     )
+    yield made
+    for process in find_by_argument(made.mark):  # a test that failed
+        process.kill()
 
 
 def adapter(program: Path, jailer: Path | None = None) -> Firecracker:
@@ -145,6 +155,37 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def cgroups(mark: str) -> list[Path]:
     return [path for path in Path("/sys/fs/cgroup").glob("**/banger*") if mark in str(path)]
+
+
+def in_namespaces(flags: int, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run in a thread that has left the host's network or mounts for its own."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.unshare(flags) == 0, os.strerror(ctypes.get_errno())
+            if flags & CLONE_NEWNS:
+                subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+            asyncio.run(body())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def open_tun_to_all(root: Path) -> None:
+    """Put a /dev/net/tun in place that has the mode udev gives it; in a mount namespace only."""
+    node = root / "tun"
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.stat("/dev/net/tun").st_rdev)
+    node.chmod(0o666)
+    subprocess.run(["mount", "--bind", str(node), "/dev/net/tun"], check=True)
+    with open("/dev/net/tun", "rb"):
+        pass
 
 
 # What a start may leave in the VM's own directory, whatever becomes of it: its logs.
@@ -388,8 +429,7 @@ async def test_a_start_configures_then_powers_on_and_is_swept_whole(
         await vmm.resume(spec.runtime)
         running = find_by_argument(spec.mark)
         if network is not None:
-            names = {Path(f"/proc/{p.pid}/comm").read_text().strip() for p in running}
-            assert any(name.startswith("pasta") for name in names), names
+            assert "pasta" in {_program(p.pid) for p in running}
         await vmm.kill(process)
         assert not process.alive()
         assert not await vmm.adopt(spec.runtime, process)
@@ -399,9 +439,12 @@ async def test_a_start_configures_then_powers_on_and_is_swept_whole(
         assert not any(p.alive() for p in running)
 
 
+def _program(pid: int) -> str:
+    return Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()).name
+
+
 def _has_no_rights(pid: int) -> None:
-    text = Path(f"/proc/{pid}/status").read_text()
-    status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    status = _status(pid)
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(status[name], 16) == 0, name
     assert status["NoNewPrivs"].strip() == "1"
@@ -483,36 +526,422 @@ async def test_a_start_cancelled_while_a_program_is_being_started_leaves_nothing
         await asyncio.sleep(1.0)  # what came up behind the cancellation would be there by now
 
 
-@needs_root
-async def test_another_users_process_with_our_mark_holds_nothing_up(
-    root: Path, spec: VmSpec
-) -> None:
-    """Any user can read a VM's mark in the process table, and give it to a process of theirs."""
-    stranger = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    program = (
-        "import asyncio, os, sys\n"
-        "from pathlib import Path\n"
-        "from banger.host.commands import HostCommands\n"
-        "from banger.vmm.firecracker import Firecracker\n"
-        "mark, runtime = sys.argv[1:]\n"
-        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "none = lambda: None\n"
-        "vmm = Firecracker(HostCommands(), none, none, jailed=False)\n"
-        "asyncio.run(vmm.sweep(mark, Path(runtime), Path(runtime)))\n"
+# A driver that becomes nobody when it has read all it needs; what it says is JSON on stdout.
+_AS_NOBODY = """
+import asyncio, json, os, sys
+from pathlib import Path
+import httpx2, httpcore2, anyio._backends._asyncio
+from banger.errors import BangerError
+from banger.host.commands import HostCommands
+from banger.vmm.base import NetworkSpec, VmSpec
+from banger.vmm.firecracker import Firecracker
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+what, program, fields = json.loads(sys.argv[1])
+for name, value in fields.items():
+    if isinstance(value, str) and value.startswith("/"):
+        fields[name] = Path(value)
+spec = VmSpec(**fields)
+vmm = Firecracker(HostCommands(), lambda: program, lambda: None, jailed=False)
+try:
+    if what == "sweep":
+        asyncio.run(vmm.sweep(spec.id, spec.runtime, spec.directory))
+    else:
+        asyncio.run(vmm.start(spec))
+    print(json.dumps({}))
+except BangerError as error:
+    print(json.dumps({"message": error.message, "hint": error.hint}))
+"""
+
+
+def _as_nobody(what: str, program: Path, spec: VmSpec) -> dict[str, str]:
+    fields = {name: getattr(spec, name) for name in spec.__slots__}
+    words = json.dumps([what, str(program), fields], default=str)
+    done = subprocess.run(
+        [sys.executable, "-c", _AS_NOBODY, words],
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=60,
+        cwd="/",
     )
-    stranger.kill()
-    stranger.wait()
-    runtime = root / "c0ffee0001" / "vms" / spec.id
-    with subprocess.Popen(["sh", "-c", "sleep 600 & wait", spec.mark]) as stranger:
-        try:
-            subprocess.run(
-                [sys.executable, "-c", program, spec.id, str(runtime)],
-                check=True,
-                timeout=60,
-                env={**os.environ, "PYTHONPATH": str(Path(jail.__file__).parents[2])},
-            )
+    said: dict[str, str] = json.loads(done.stdout)
+    return said
+
+
+def _give_to_nobody(root: Path) -> None:
+    for path in (root, *root.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+
+
+@needs_root
+def test_another_users_process_with_our_mark_holds_nothing_up(root: Path, spec: VmSpec) -> None:
+    """Any user can read a VM's mark in the process table, and give it to a process of theirs."""
+    _give_to_nobody(root)
+    with subprocess.Popen(["sh", "-c", "read line", spec.mark], stdin=subprocess.PIPE) as stranger:
+        while not find_by_argument(spec.mark):  # until the kernel is done with its exec
             assert stranger.poll() is None
+        assert _as_nobody("sweep", Path("/nonexistent"), spec) == {}
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+# --- through the service
+
+
+@pytest.fixture
+async def parts(root: Path) -> AsyncIterator[Callable[..., Coroutine[Any, Any, Parts]]]:
+    """Make a daemon's parts over a fake Firecracker that behaves as planned."""
+    made: list[Parts] = []
+
+    async def make(**plan: Any) -> Parts:
+        program = FakeFirecracker(root / "fc", **plan).program
+        made.append(await Parts(root, adapter(program)).open())
+        return made[-1]
+
+    yield make
+    for one in made:
+        await one.close()
+
+
+def _left(parts: Parts) -> list[str]:
+    """Return what a VM has only while it runs."""
+    found = [str(path) for path in parts.layout.runtime_vms.iterdir()]
+    mine = f"-{parts.layout.runtime.name}"
+    return found + [str(process.pid) for process in find_by_argument(mine)]
+
+
+@pytest.mark.parametrize("network", ["none", pytest.param("user", marks=needs_pasta)])
+@pytest.mark.parametrize("at", [1, 4, 8])
+async def test_a_vm_whose_start_was_refused_is_stopped_and_says_why(
+    parts: Callable[..., Coroutine[Any, Any, Parts]], network: str, at: int
+) -> None:
+    made = await parts(at=at, fault="no luck")
+    vm = await made.vms.create({"name": "box", "network": network}, SINK)
+    with pytest.raises(VmmFailed, match="no luck"):
+        await made.vms.start("box", SINK)
+    assert _left(made) == []
+    after = await made.vms.get("box")
+    assert (after["state"], after["pid"]) == ("stopped", None)
+    assert after["state_reason"].endswith("no luck")
+    kept = {path.name for path in Path(vm["directory"]).iterdir()}
+    assert "initramfs.img" not in kept
+    await made.vms.delete("box")
+    assert list(made.layout.vms.iterdir()) == []
+
+
+async def test_a_vm_that_is_made_and_does_not_start_is_not_there(
+    parts: Callable[..., Coroutine[Any, Any, Parts]],
+) -> None:
+    made = await parts(exit_saying="no seccomp")
+    with pytest.raises(VmmFailed, match="no seccomp"):
+        await made.vms.create({"name": "box", "start": True}, SINK)
+    assert await made.vms.all() == []
+    assert _left(made) == []
+    assert list(made.layout.vms.iterdir()) == []
+    assert "no seccomp" in (made.layout.last_failed_boot / "vmm.log").read_text()
+
+
+@needs_root
+@pytest.mark.skipif(
+    not (shutil.which("nft", path="/usr/sbin:/sbin") and os.path.exists("/dev/net/tun")),
+    reason="needs nftables and /dev/net/tun",
+)
+@pytest.mark.parametrize("at", [1, 8, 9])
+def test_a_start_refused_on_the_bridge_gives_the_tap_back(root: Path, at: int) -> None:
+    async def body() -> None:
+        made = await Parts(
+            root, adapter(FakeFirecracker(root / "fc", at=at, fault="no luck").program)
+        ).open()
+        taps: list[str] = []
+        take = made.networks._bridge.take
+
+        async def spy(*args: Any, **kwargs: Any) -> str:
+            taps.append(await take(*args, **kwargs))
+            assert taps[-1] in dict(map(reversed, socket.if_nameindex()))
+            return taps[-1]
+
+        made.networks._bridge.take = spy  # type: ignore[method-assign]
+        try:
+            await made.vms.create({"name": "box", "network": "bridge"}, SINK)
+            with pytest.raises(VmmFailed, match="no luck"):
+                await made.vms.start("box", SINK)
+            row = await made.rows.find("box")
+            assert (row.state, row.tap) == ("stopped", None)
+            assert len(taps) == 1
+            assert [name for _, name in socket.if_nameindex() if name.startswith("bt")] == []
+            assert _left(made) == []
         finally:
-            for process in find_by_argument(spec.mark):
-                process.kill()
-            subprocess.run(["pkill", "-P", str(stranger.pid)], check=False)
+            await made.networks.close()
+            await made.close()
+
+    in_namespaces(CLONE_NEWNET, body)
+
+
+_DAEMON = """
+import asyncio, sys
+from pathlib import Path
+from banger.events import NullSink
+from tests.integration.test_firecracker_start import adapter
+from tests.support.parts import Parts
+
+async def main():
+    root = Path(sys.argv[1])
+    parts = await Parts(root, adapter(root / "fc" / "firecracker")).open()
+    await parts.vms.create({"name": "box", "network": sys.argv[2]}, NullSink())
+    await parts.vms.start("box", NullSink())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("network", ["none", pytest.param("user", marks=needs_pasta)])
+async def test_a_daemon_killed_before_it_wrote_the_pid_leaves_nothing_to_the_next(
+    root: Path, network: str
+) -> None:
+    fake = FakeFirecracker(root / "fc", at=8 if network == "none" else 9, hang=True)
+    daemon = subprocess.Popen(
+        [sys.executable, "-c", _DAEMON, str(root), network], cwd=Path(__file__).parents[2]
+    )
+    try:
+        async with asyncio.timeout(60):
+            while not [row for row in fake.requests if row["path"] == "/actions"]:
+                assert daemon.poll() is None
+                await asyncio.sleep(0.01)
+    finally:
+        daemon.kill()
+        daemon.wait()
+    later = await Parts(root, adapter(fake.program)).open()
+    orphans = find_by_argument(f"-{later.layout.runtime.name}")
+    programs = {_program(process.pid) for process in orphans}
+    assert len(orphans) == (1 if network == "none" else 2)
+    assert ("pasta" in programs) == (network == "user")
+    assert (await later.rows.find("box")).process is None
+    await reconcile(later.rows, later.vms, later.networks, later.layout)
+    assert not any(process.alive() for process in orphans)
+    assert _left(later) == []
+    assert (await later.vms.get("box"))["state"] == "stopped"
+    await later.vms.delete("box")
+    assert list(later.layout.vms.iterdir()) == []
+    await later.close()
+
+
+# --- the real one, never powered on by who may open /dev/kvm
+
+
+@pytest.fixture
+def real(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The real programs, under an adapter that configures a machine and stops before its start."""
+    whole = firecracker.configuration
+
+    def but_the_start(spec: VmSpec, files: Any) -> list[api.Call]:
+        *calls, start = whole(spec, files)
+        assert start == api.instance_start()
+        return calls
+
+    monkeypatch.setattr(firecracker, "configuration", but_the_start)
+    return need_firecracker()
+
+
+@pytest.mark.parametrize("network", [None, pytest.param(USER, marks=needs_pasta)])
+async def test_the_real_one_takes_a_configuration_without_rights(
+    real: tuple[Path, Path], spec: VmSpec, network: NetworkSpec | None
+) -> None:
+    vmm = adapter(real[0])
+    spec = replace(spec, network=network)
+    with nothing_left(spec):
+        process = await vmm.start(spec)
+        _has_no_rights(process.pid)
+        assert network_of(process.pid) != network_of("self")
+        assert await vmm.adopt(spec.runtime, process)
+        await vmm.kill(process)
+        await vmm.sweep(spec.id, spec.runtime, spec.directory)
+    assert spec.vmm_log.read_text() == ""
+
+
+@needs_root
+@pytest.mark.parametrize("network", [None, pytest.param(USER, marks=needs_pasta)])
+def test_the_jailer_confines_the_real_one(
+    real: tuple[Path, Path], root: Path, spec: VmSpec, network: NetworkSpec | None
+) -> None:
+    spec = replace(spec, network=network, jail_uid=JAIL_UID)
+
+    async def body() -> None:
+        if network is not None:
+            open_tun_to_all(root)
+        await _confines(adapter(*real), adapter(*real), spec)
+
+    in_namespaces(CLONE_NEWNS, body)
+
+
+async def _confines(vmm: Firecracker, later: Firecracker, spec: VmSpec) -> None:
+    with nothing_left(spec):
+        process = await vmm.start(spec)
+        status = _status(process.pid)
+        assert set(status["Uid"].split()) == set(status["Gid"].split()) == {str(JAIL_UID)}
+        assert status["Groups"].strip() in ("", str(JAIL_UID))
+        for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+            assert int(status[name], 16) == 0, name
+        assert status["NSpid"].split()[1:] == ["1"]
+        for kind in ("pid", "mnt", "net"):
+            theirs = os.readlink(f"/proc/{process.pid}/ns/{kind}")
+            assert theirs != os.readlink(f"/proc/self/ns/{kind}"), kind
+        _check_chroot(spec, Path(f"/proc/{process.pid}/root"))
+        assert await vmm.adopt(spec.runtime, process)
+        assert await later.adopt(spec.runtime, process)
+        running = find_by_argument(spec.mark)
+        assert "pasta" in {_program(p.pid) for p in running} or spec.network is None
+        assert all(_status(p.pid)["Uid"].split()[0] == str(JAIL_UID) for p in running)
+        await vmm.kill(process)
+        assert not process.alive()
+        await vmm.sweep(spec.id, spec.runtime, spec.directory)
+        await vmm.sweep(spec.id, spec.runtime, spec.directory)
+    # What was linked into the chroot is still there outside of it.
+    assert all(path.exists() for path in jail.readable_files(spec).values())
+    assert all(path.exists() for path in jail.writable_files(spec).values())
+
+
+def _status(pid: int) -> dict[str, str]:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+def _check_chroot(spec: VmSpec, inside: Path) -> None:
+    root = jail.chroot_of(spec, Path("/x/firecracker"))
+    # Its root is a file system of its own, whose top is our directory.
+    assert {p.name for p in inside.iterdir()} == {p.name for p in root.iterdir()}
+    assert spec.runtime.joinpath("jail").readlink() == root
+    shared, own = jail.readable_files(spec), jail.writable_files(spec)
+    for name, path in (shared | own).items():
+        assert (inside / name).samefile(path), name
+        assert path.stat().st_nlink == 2, name
+    for path in shared.values():
+        assert path.stat().st_uid == 0
+        assert not path.stat().st_mode & 0o022
+    for path in own.values():
+        assert (path.stat().st_uid, path.stat().st_mode & 0o077) == (JAIL_UID, 0)
+    assert root.stat().st_uid == JAIL_UID
+    assert root.parent.stat().st_uid == 0
+    assert {p.name for p in root.iterdir()} - set(shared) - set(own) == {
+        *("dev", "run", "firecracker", "firecracker.pid", "fc.sock", "v.sock")
+    } - ({"run"} - {p.name for p in root.iterdir()})
+
+
+@needs_root
+async def test_a_jailed_one_of_an_earlier_daemon_is_swept_while_it_runs(
+    real: tuple[Path, Path], spec: VmSpec
+) -> None:
+    spec = replace(spec, jail_uid=JAIL_UID)
+    first = adapter(*real)
+    with nothing_left(spec):
+        process = await first.start(spec)
+        await adapter(*real).sweep(spec.id, spec.runtime, spec.directory)
+        assert not process.alive()
+    await first.kill(process)  # reaps the jailer
+
+
+@needs_root
+@pytest.mark.parametrize("field", ["own_disk", "initramfs", "base_disk"])
+@pytest.mark.parametrize("jailed", [True, False])
+async def test_a_missing_file_is_named_and_not_made(
+    real: tuple[Path, Path], spec: VmSpec, jailed: bool, field: str
+) -> None:
+    missing: Path = getattr(spec, field)
+    missing.unlink()
+    spec = replace(spec, jail_uid=JAIL_UID if jailed else None)
+    with nothing_left(spec):
+        with pytest.raises(VmmFailed) as caught:
+            await adapter(*real).start(spec) if jailed else await adapter(real[0]).start(spec)
+    assert "No such file" in caught.value.message
+    # The real one names a kernel's or an initramfs's fault without its path.
+    assert missing.name in caught.value.message or field == "initramfs"
+    assert not missing.exists()
+
+
+@needs_root
+async def test_one_that_ends_at_once_in_its_jail_is_quoted_at_once(
+    real: tuple[Path, Path], spec: VmSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jailer has ended well by then: only the process behind it tells."""
+    own_words = firecracker._own_words
+    monkeypatch.setattr(firecracker, "_own_words", lambda *args: [*own_words(*args), "--bogus"])
+    spec = replace(spec, jail_uid=JAIL_UID)
+    begun = time.monotonic()
+    with nothing_left(spec):
+        with pytest.raises(VmmFailed, match="ended at once: .*bogus"):
+            await adapter(*real).start(spec)
+    assert time.monotonic() - begun < firecracker._START_TIMEOUT_S / 2
+
+
+@needs_root
+async def test_a_jailer_that_fails_is_quoted(real: tuple[Path, Path], spec: VmSpec) -> None:
+    odd = spec.directory / "fire"  # a name the jailer does not take
+    shutil.copy(real[0], odd)
+    spec = replace(spec, jail_uid=JAIL_UID)
+    with nothing_left(spec):
+        with pytest.raises(VmmFailed, match=r"ended with status -?\d+: .*fire"):
+            await adapter(odd, real[1]).start(spec)
+
+
+@needs_root
+@pytest.mark.parametrize("network", [None, pytest.param(USER, marks=needs_pasta)])
+@pytest.mark.parametrize("patience_s", [0.0, 0.01, 0.03, 0.06, 0.1, 0.2])
+def test_a_jailed_start_cancelled_at_any_time_leaves_nothing(
+    real: tuple[Path, Path],
+    root: Path,
+    spec: VmSpec,
+    network: NetworkSpec | None,
+    patience_s: float,
+) -> None:
+    spec = replace(spec, network=network, jail_uid=JAIL_UID)
+
+    async def body() -> None:
+        open_tun_to_all(root)
+        vmm = adapter(*real)
+        task = asyncio.create_task(vmm.start(spec))
+        await asyncio.sleep(patience_s)
+        task.cancel()
+        try:
+            await vmm.kill(await task)  # it was faster
+            await vmm.sweep(spec.id, spec.runtime, spec.directory)
+        except asyncio.CancelledError:
+            pass
+
+    with nothing_left(spec):
+        in_namespaces(CLONE_NEWNS, body)
+
+
+@needs_root
+async def test_a_chroot_on_another_file_system_is_refused_with_a_way_out(
+    real: tuple[Path, Path], spec: VmSpec
+) -> None:
+    if os.stat("/dev/shm").st_dev == spec.kernel.stat().st_dev:
+        pytest.skip("/dev/shm is no file system of its own")
+    with tempfile.TemporaryDirectory(prefix="bng-", dir="/dev/shm") as name:
+        directory = Path(name)
+        moved = {
+            field: directory / getattr(spec, field).name
+            for field in ("initramfs", "own_disk", "vmm_log", "metrics_log", "console_log")
+        }
+        for path in moved.values():
+            path.touch()
+        spec = replace(spec, directory=directory, jail_uid=JAIL_UID, **moved)
+        with nothing_left(spec):
+            with pytest.raises(VmmFailed) as caught:
+                await adapter(*real).start(spec)
+        assert f"{spec.kernel} cannot be linked into the VM's chroot" in caught.value.message
+        chroot = jail.chroot_of(spec, real[0])
+        assert f"{spec.kernel} has to be on the file system of {chroot}" in caught.value.hint
+        assert "jailer_enabled = false" in caught.value.hint
+
+
+@needs_root
+def test_who_may_not_open_kvm_is_told_of_its_group(root: Path, spec: VmSpec) -> None:
+    if not os.path.exists("/dev/kvm") or os.stat("/dev/kvm").st_mode & 0o006:
+        pytest.skip("nobody may open /dev/kvm, or there is none")
+    # Where nobody can read it, whatever the modes of the cache.
+    program = Path(shutil.copy(need_firecracker()[0], root))
+    _give_to_nobody(root)
+    with nothing_left(spec):
+        said = _as_nobody("start", program, spec)
+    assert said["message"].startswith("Firecracker refused to start the machine: ")
+    assert "Permission denied" in said["message"]
+    assert "usermod -aG kvm" in said["hint"]

@@ -288,11 +288,11 @@ def test_docker_runs_inside_the_full_image(host: Lab) -> None:
     # The host's static busybox makes the smallest container: no compiler runs twice emulated.
     done = host.run(
         "banger vm run -q --name docks --image debian-bookworm --memory 1G --vcpu 1 -- true"
-        " && banger vm cp /usr/bin/busybox docks:/tmp/hello"
+        " && banger vm cp /usr/bin/busybox docks:/tmp/busybox"
         " && banger vm exec --wait docks -- sh -c "
         + shlex.quote(
-            "docker info --format '{{.Driver}}' && cd /tmp && tar c hello | docker import - e"
-            " >/dev/null && docker run --rm --network none e /hello echo from a container"
+            "docker info --format '{{.Driver}}' && cd /tmp && tar c busybox | docker import - e"
+            " >/dev/null && docker run --rm --network none e /busybox echo from a container"
         ),
         timeout_s=3 * _BOOT_S,
     )

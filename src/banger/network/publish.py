@@ -1,19 +1,12 @@
-"""Ports of the host that lead into a VM: their notation, and the carrier for the bridge.
+"""Ports of the host that lead into a VM: their notation, and whether they are free.
 
-On the user network passt carries them itself. On the bridge a small process of our own does
-(`python -m banger.network.publish`): it needs no root, no rule and no daemon, listens where it was
-told and nowhere else, and ends with the VM's process.
+`guest.carrier` carries them.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import contextlib
 import errno
-import os
 import socket
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address
@@ -109,81 +102,3 @@ def _cannot_listen(forward: Forward, error: OSError) -> Conflict:
         hint=f"choose another: --publish {other}:{forward.guest_port}",
         code="port_taken",
     )
-
-
-# -- the carrier
-
-
-async def serve(forwards: Iterable[Forward], guest: str, ended: asyncio.Event) -> None:
-    """Carry connections to `guest` until `ended`; raises OSError when a port is taken."""
-    room = asyncio.Semaphore(_CONNECTIONS)
-
-    def carrier(port: int):  # type: ignore[no-untyped-def]  # asyncio's own callback shape
-        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.closing(writer), contextlib.suppress(OSError, TimeoutError):
-                if room.locked():
-                    return
-                async with room:
-                    async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                        back, forth = await asyncio.open_connection(guest, port)
-                    with contextlib.closing(forth):
-                        await asyncio.gather(_pump(reader, forth), _pump(back, writer))
-
-        return carry
-
-    servers = [
-        await asyncio.start_server(carrier(f.guest_port), f.host, f.host_port) for f in forwards
-    ]
-    print("ready", flush=True)
-    await ended.wait()
-    for server in servers:
-        server.close()
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy one direction and pass its end on; a broken one ends both."""
-    while data := await reader.read(_CHUNK_BYTES):
-        writer.write(data)
-        await writer.drain()
-    if writer.can_write_eof():
-        with contextlib.suppress(OSError):
-            writer.write_eof()
-
-
-def main() -> int:
-    """Run the carrier of one VM until its process is gone."""
-    parser = argparse.ArgumentParser(prog="banger-publish")
-    parser.add_argument("--mark", required=True, help="says whose this is, in the process table")
-    parser.add_argument("--pid", type=int, required=True, help="ends with this process")
-    parser.add_argument("--guest", type=IPv4Address, required=True)
-    parser.add_argument("forwards", nargs="+", type=_forward)
-    options = parser.parse_args()
-
-    async def run() -> None:
-        ended = asyncio.Event()
-        pidfd = os.pidfd_open(options.pid)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pidfd, ended.set)
-        # Nobody reads our stderr once we serve: asyncio's complaints would fill the pipe in the
-        # end, and the write that blocks then would stop every connection.
-        loop.set_exception_handler(lambda *_: None)
-        await serve(options.forwards, str(options.guest), ended)
-
-    try:
-        asyncio.run(run())
-    except (OSError, OverflowError) as error:
-        said = error.strerror if isinstance(error, OSError) else None
-        print(f"banger-publish: {said or error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _forward(text: str) -> Forward:
-    try:
-        return parse_publish(text)
-    except InvalidInput as error:
-        raise argparse.ArgumentTypeError(error.message) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,18 +1,18 @@
 """The user network: passt for QEMU, pasta for Firecracker. Needs no root.
 
 Owns their command lines and the addresses of that network, which are the same under both VMMs.
-Outbound only: the gateway is not mapped to the host (`--no-map-gw`), and nothing listens but
-the forwards asked for.
+Outbound only: the gateway is not mapped to the host (`--no-map-gw`), and nothing listens. Published
+ports are `guest.carrier`'s: Debian 12's passt leaves a connection from outside unacknowledged until
+its client sends, so that a service which speaks first, as ssh's does, is never heard.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from banger.errors import CommandFailed, Unavailable, VmmFailed
 from banger.host.commands import HostCommands
-from banger.network.publish import Forward
 
 # QEMU's own user network has these, so guests and habits know them.
 GUEST_ADDRESS = "10.0.2.15"
@@ -26,9 +26,8 @@ _GATEWAY_MAC = "02:62:6e:67:00:02"
 _START_TIMEOUT_S = 20.0
 
 
-def common_arguments(forwards: Iterable[Forward]) -> list[str]:
+def common_arguments() -> list[str]:
     """Return what passt and pasta are told alike."""
-    ports = [f"{f.host}/{f.host_port}:{f.guest_port}" for f in forwards]
     return [
         "--quiet",
         "--ipv4-only",
@@ -40,22 +39,19 @@ def common_arguments(forwards: Iterable[Forward]) -> list[str]:
         *("--dns-forward", NAME_SERVER),
         "--no-dhcp",
         *("--udp-ports", "none"),
-        *[word for port in ports for word in ("--tcp-ports", port)],
-        *([] if ports else ["--tcp-ports", "none"]),
+        *("--tcp-ports", "none"),
     ]
 
 
-def passt_arguments(fd: int, forwards: Iterable[Forward]) -> list[str]:
+def passt_arguments(fd: int) -> list[str]:
     """Return passt's command line for a VMM at the other end of the connected socket `fd`.
 
     It goes when the VMM closes its end, so nothing has to sweep it.
     """
-    return ["passt", *common_arguments(forwards), "--fd", str(fd)]
+    return ["passt", *common_arguments(), "--fd", str(fd)]
 
 
-def pasta_arguments(
-    pid: int, interface: str, forwards: Iterable[Forward], mark: str, *, root: bool
-) -> list[str]:
+def pasta_arguments(pid: int, interface: str, mark: str, *, root: bool) -> list[str]:
     """Return pasta's command line for the namespaces of `pid`; it makes `interface` there.
 
     Older ones stay when the namespace is left, so `mark` makes it findable: as a search domain,
@@ -63,7 +59,7 @@ def pasta_arguments(
     """
     return [
         "pasta",
-        *common_arguments(forwards),
+        *common_arguments(),
         # Else it becomes nobody, who may not enter them.
         *(("--runas", "0:0") if root else ()),
         *("--ns-ifname", interface),
@@ -75,16 +71,15 @@ def pasta_arguments(
     ]
 
 
-async def start_passt(commands: HostCommands, fd: int, forwards: Iterable[Forward]) -> None:
+async def start_passt(commands: HostCommands, fd: int) -> None:
     """Start passt on `fd` and return once it serves; raises Unavailable and VmmFailed."""
-    await _start(commands, passt_arguments(fd, forwards), pass_fds=(fd,))
+    await _start(commands, passt_arguments(fd), pass_fds=(fd,))
 
 
 async def start_pasta(
     commands: HostCommands,
     pid: int,
     interface: str,
-    forwards: Iterable[Forward],
     *,
     mark: str,
     prefix: Sequence[str] = (),
@@ -94,7 +89,7 @@ async def start_pasta(
     `prefix` are the words that make it run as who made them; none when we made them.
     """
     root = not prefix and os.geteuid() == 0
-    argv = pasta_arguments(pid, interface, forwards, mark, root=root)
+    argv = pasta_arguments(pid, interface, mark, root=root)
     await _start(commands, argv, prefix=prefix)
 
 

@@ -42,8 +42,8 @@ class IdentityService:
                     f"the ssh key {self._ssh_key} does not exist",
                     hint="make it with ssh-keygen, or take ssh_key_path out of the config",
                 )
-            # Ours in line first: waiting for the file's lock stops the whole daemon, and with it who
-            # holds it. The file's is for a daemon of another data directory.
+            # Ours in line first: waiting for the file's lock stops the whole daemon, and with it
+            # who holds it. The file's is for a daemon of another data directory.
             async with self._key_lock:
                 with locked(directory / ".lock"):
                     if not self._ssh_key.exists():

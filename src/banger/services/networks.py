@@ -7,6 +7,7 @@ to `network.bridge`, passt to the VMMs, and the rows to who calls.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from ipaddress import IPv4Address
 
 from banger.errors import BangerError, Conflict, InvalidInput, VmmFailed, nearest
 from banger.guest.boot import GuestNetwork
+from banger.guest.transport import Endpoint, endpoint_to_wire
 from banger.host.process import ProcessIdentity, find_by_argument
 from banger.network import usermode
 from banger.network.bridge import BridgeNetwork
@@ -96,12 +98,11 @@ class NetworkService:
         The tap is named in the row before anything runs on it; rules are in force before the
         guest can send. `leave` undoes it, also after half of it.
         """
+        await _wait_until_free(forwards_of(row))
         if row.network == "none":
             return Joined(row, None)
-        forwards = forwards_of(row)
-        await _wait_until_free(forwards)
         if row.network == "user":
-            return Joined(row, NetworkSpec(row.mac, forwards=forwards))
+            return Joined(row, NetworkSpec(row.mac))
         assert row.address is not None
         await self._bridge.ensure()
         self._tell_names()
@@ -120,20 +121,25 @@ class NetworkService:
             raise
         return Joined(row, NetworkSpec(row.mac, tap=tap))
 
-    async def publish(self, row: VmRow, process: ProcessIdentity, mark: str) -> None:
-        """Open the published ports of a VM on the bridge; on the user network passt has them.
+    async def publish(
+        self, row: VmRow, process: ProcessIdentity, endpoint: Endpoint, mark: str
+    ) -> None:
+        """Open the published ports of a VM that has just started.
 
-        Raises VmmFailed when the carrier does not start.
+        On the bridge they lead to its address, else through its agent. Raises VmmFailed when
+        the carrier does not start.
         """
         forwards = forwards_of(row)
-        if row.network != "bridge" or not forwards:
+        if not forwards:
             return
-        assert row.address is not None
+        to = ["--endpoint", json.dumps(endpoint_to_wire(endpoint))]
+        if row.network == "bridge" and row.address is not None:
+            to = ["--address", row.address]
         carrier = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-m", "banger.network.publish"),
+            *(sys.executable, "-I", "-m", "banger.guest.carrier"),
             *("--mark", mark),
             *("--pid", str(process.pid)),
-            *("--guest", row.address),
+            *to,
             *(str(forward) for forward in forwards),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -154,7 +160,7 @@ class NetworkService:
 
     async def leave(self, row: VmRow, mark: str) -> None:
         """Take a VM that has ended off its network; idempotent."""
-        if row.publish and row.network == "bridge":
+        if row.publish:
             for carrier in await asyncio.to_thread(find_by_argument, mark):
                 carrier.kill()
         if row.tap is None:
@@ -250,15 +256,9 @@ def forwards_of(row: VmRow) -> tuple[Forward, ...]:
     return parse_publishes(row.publish.split())
 
 
-def publish_text(texts: Iterable[str], network: str) -> str:
+def publish_text(texts: Iterable[str]) -> str:
     """Return `--publish` values as a row keeps them; raise InvalidInput for a bad one."""
-    forwards = parse_publishes(texts)
-    if forwards and network == "none":
-        raise InvalidInput(
-            "a VM without a network publishes no ports",
-            hint="--network user or bridge; or `banger vm ssh` and `vm exec`, which need none",
-        )
-    return " ".join(str(forward) for forward in forwards)
+    return " ".join(str(forward) for forward in parse_publishes(texts))
 
 
 def check_network(network: str) -> str:

@@ -186,7 +186,6 @@ class VmService:
         check_vm_name(name)
         if name in taken:
             raise name_taken(name)
-        network = check_network(request.get("network", self.defaults.network))
         row = VmRow(
             id=secrets.token_hex(6),
             name=name,
@@ -201,10 +200,10 @@ class VmService:
                 request.get("disk_size_bytes", self.defaults.disk_size_bytes)
             ),
             vmm=request.get("vmm", self.defaults.vmm),
-            network=network,
+            network=check_network(request.get("network", self.defaults.network)),
             nat=request.get("nat", self.defaults.nat),
             isolated=request.get("isolated", self.defaults.isolated),
-            publish=publish_text(request.get("publish", []), network),
+            publish=publish_text(request.get("publish", [])),
             machine_id=secrets.token_hex(16),
             mac=_random_mac(),
             created_at=_now(),
@@ -304,9 +303,7 @@ class VmService:
                 changed,
                 nat=request.get("nat", changed.nat),
                 isolated=request.get("isolated", changed.isolated),
-                publish=publish_text(
-                    request.get("publish", changed.publish.split()), changed.network
-                ),
+                publish=publish_text(request.get("publish", changed.publish.split())),
             )
             if "disk_size_bytes" in request:
                 size = check_disk_size(request["disk_size_bytes"])
@@ -406,7 +403,8 @@ class VmService:
                     started_at=_now(),
                 )
             )
-            await self._networks.publish(row, process, spec.mark)
+            endpoint = vmm.endpoint(vm_files.runtime)
+            await self._networks.publish(row, process, endpoint, spec.mark)
             return await self.await_agent(row)
         except BaseException as error:
             if process is not None:

@@ -13,7 +13,6 @@ from typing import Protocol
 from banger.errors import Unavailable
 from banger.guest.transport import Endpoint
 from banger.host.process import ProcessIdentity
-from banger.network.publish import Forward
 
 # Every process that belongs to a VM carries this in its command line, id behind it: that is
 # how start-up finds what a crash left between the fork and the commit of its pid.
@@ -24,13 +23,11 @@ PROCESS_MARK = "banger-vm-"
 class NetworkSpec:
     """How a VM's eth0 is joined to the world; None in a VmSpec means no interface at all.
 
-    With a `tap` it is on the bridge; without, the VMM joins it to passt's user network, which
-    opens `forwards` on the host.
+    With a `tap` it is on the bridge; without, the VMM joins it to passt's user network.
     """
 
     mac: str
     tap: str | None = None
-    forwards: tuple[Forward, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

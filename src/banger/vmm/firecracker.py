@@ -37,6 +37,10 @@ _POLL_S = 0.005
 _GONE_TIMEOUT_S = 10.0
 # pasta forks while it starts: one look may find the parent only.
 _SWEEPS = 5
+# Within execve(2) a process has no command line to know it by: microseconds, or the time its file
+# takes to be read.
+_EXEC_TIMEOUT_S = 1.0
+_EXEC_PAUSE_S = 0.02
 _API_SOCKET = "fc.sock"
 _VSOCK_SOCKET = "v.sock"
 _JAIL = "jail"
@@ -116,6 +120,8 @@ class Firecracker:
         except BaseException as error:
             if child is not None:
                 await self._children.end(child)
+            await self.sweep(spec.id, spec.runtime, spec.directory)
+            await asyncio.sleep(_EXEC_PAUSE_S)
             await self.sweep(spec.id, spec.runtime, spec.directory)
             if isinstance(error, OSError):
                 raise VmmFailed(f"cannot prepare Firecracker's files: {error}") from error
@@ -240,7 +246,6 @@ class Firecracker:
                 self._commands,
                 child.pid,
                 launch.PASTA_END,
-                spec.network.forwards,
                 mark=spec.mark,
                 prefix=prefix,
             )
@@ -259,7 +264,8 @@ class Firecracker:
     ) -> ProcessIdentity:
         """Return Firecracker's process once its API socket is there."""
         socket = _sockets(spec.runtime) / _API_SOCKET
-        deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
+        seen = asyncio.get_running_loop().time()
+        deadline = seen + _START_TIMEOUT_S
         while True:
             status = child.poll()
             # The jailer ends with 0 when it has made the process in its new pid namespace.
@@ -269,11 +275,14 @@ class Firecracker:
                 )
             pid = child.pid if spec.jail_uid is None else _jailed_pid(spec, executable)
             process = None if pid is None else ProcessIdentity.of(pid)
-            if process is None and status == 0:
-                raise VmmFailed(f"Firecracker ended at once: {last_lines(spec.vmm_log)}")
             if process is not None and _listens(socket):
                 return process
-            if asyncio.get_running_loop().time() > deadline:
+            now = asyncio.get_running_loop().time()
+            if process is not None or status is None:
+                seen = now
+            elif now - seen > _EXEC_TIMEOUT_S:
+                raise VmmFailed(f"Firecracker ended at once: {last_lines(spec.vmm_log)}")
+            if now > deadline:
                 raise VmmFailed(
                     f"Firecracker did not answer within {_START_TIMEOUT_S:.0f} s: "
                     f"{last_lines(spec.vmm_log)}"

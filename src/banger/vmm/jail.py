@@ -45,7 +45,7 @@ def chroot_of(spec: VmSpec, executable: Path) -> Path:
 def build_chroot(spec: VmSpec, uid: int, executable: Path) -> Path:
     """Make the chroot with the VM's files in it and return it; replaces what is left of one.
 
-    Raises VmmFailed where a file cannot be hard-linked.
+    The files are there, the logs too. Raises VmmFailed where one cannot be hard-linked.
     """
     shutil.rmtree(base_of(spec.directory), ignore_errors=True)
     root = chroot_of(spec, executable)
@@ -57,7 +57,6 @@ def build_chroot(spec: VmSpec, uid: int, executable: Path) -> Path:
             path.chmod(0o444)
         _link(path, root / name)
     for name, path in writable_files(spec).items():
-        path.touch(mode=0o600)
         os.chown(path, uid, uid)
         _link(path, root / name)
     return root
@@ -93,7 +92,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def cgroup_arguments(spec: VmSpec) -> list[str]:
-    """Return the jailer's words for the VM's limits; none on a host without cgroup v2's files."""
+    """Return the jailer's words for the VM's limits; none where cgroup v2 sets none of them."""
     available = CGROUP_ROOT / "cgroup.controllers"
     try:
         controllers = available.read_text().split()
@@ -105,10 +104,12 @@ def cgroup_arguments(spec: VmSpec) -> list[str]:
         # One vCPU's worth more than the guest has, for the VMM's own threads.
         "cpu": f"cpu.max={(spec.vcpu + 1) * 100_000} 100000",
     }
+    set_here = [limit for controller, limit in limits.items() if controller in controllers]
+    if not set_here:
+        return []  # with a parent alone the jailer wants it to exist already
     words = [*("--cgroup-version", "2"), *("--parent-cgroup", PARENT_CGROUP)]
-    for controller, limit in limits.items():
-        if controller in controllers:
-            words += ["--cgroup", limit]
+    for limit in set_here:
+        words += ["--cgroup", limit]
     return words
 
 
@@ -122,11 +123,13 @@ def sweep_jail(directory: Path, mark: str) -> None:
     shutil.rmtree(base_of(directory), ignore_errors=True)
     cgroup = cgroup_of(mark)
     deadline = time.monotonic() + _CGROUP_GONE_TIMEOUT_S
-    while cgroup.exists():
+    while True:
         try:
             cgroup.rmdir()
+            break
         except OSError as error:
-            # EBUSY until the kernel has let go of the last thread of a killed process.
+            # Never made; or root's, who may not let us look; or EBUSY until the kernel has let go
+            # of the last thread of a killed process.
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 return
             time.sleep(0.01)

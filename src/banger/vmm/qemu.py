@@ -59,8 +59,8 @@ class Qemu:
             stale.unlink()
         ours, qemus = _user_network(spec)
         try:
-            if ours is not None and spec.network is not None:
-                await start_passt(self._commands, ours.fileno(), spec.network.forwards)
+            if ours is not None:
+                await start_passt(self._commands, ours.fileno())
             child = await self._children.spawn(
                 [
                     self._commands.need(self._binary),

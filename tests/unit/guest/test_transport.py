@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.errors import TimedOut, Unavailable
+from banger.errors import Cancelled, TimedOut, Unavailable
 from banger.guest import frames, transport
 from banger.guest.transport import (
     HybridVsock,
@@ -20,7 +20,9 @@ from banger.guest.transport import (
     endpoint_from_wire,
     endpoint_to_wire,
     open_stream,
+    socket_path,
     try_lease,
+    wait_for_hello,
 )
 
 
@@ -152,3 +154,92 @@ def test_other_protocol_version_says_so(short: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Unavailable) as caught:
         open_stream(UnixListener(short + "/u"), timeout_s=2)
     assert caught.value.code == "agent_version"
+
+
+# --- a VMM that its guest took over, in the directory of its sockets
+
+
+@pytest.fixture
+def others(short: str) -> Iterator[socket.socket]:
+    """Another program's socket, which the VMM itself may not connect to."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(short + "/other")
+        server.listen()
+        server.setblocking(False)
+        yield server
+
+
+def _nobody_came(server: socket.socket) -> bool:
+    try:
+        server.accept()[0].close()
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _put_in_place(short: str, kind: str) -> str:
+    path = short + "/v.sock"
+    if kind == "link":
+        os.symlink(short + "/other", path)
+    elif kind == "relative-link":
+        os.symlink("other", path)
+    elif kind == "link-to-nothing":
+        os.symlink(short + "/nothing", path)
+    elif kind == "file":
+        Path(path).write_text("OK 52\n")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        os.mkdir(path)
+    elif kind == "device":
+        path = "/dev/null"
+    return path
+
+
+NO_SOCKETS = [
+    *("link", "relative-link", "link-to-nothing", "file", "fifo", "directory", "device", "nothing")
+]
+
+
+@pytest.mark.parametrize("kind", NO_SOCKETS)
+def test_what_is_no_socket_of_the_vmms_own_is_not_connected_to(
+    short: str, others: socket.socket, kind: str
+) -> None:
+    path = _put_in_place(short, kind)
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError):
+        with socket_path(path):
+            pass
+    with pytest.raises(Unavailable):
+        open_stream(HybridVsock(path), timeout_s=2)
+    with pytest.raises((TimedOut, Cancelled)):
+        wait_for_hello(HybridVsock(path), timeout_s=0.2, cancelled=lambda: False)
+    assert _nobody_came(others)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_socket_that_is_replaced_meanwhile_is_still_the_one_that_was_looked_at(
+    short: str, others: socket.socket
+) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(short + "/v.sock")
+        server.listen()
+        server.settimeout(10)
+        with socket_path(short + "/v.sock") as path:
+            os.unlink(short + "/v.sock")
+            os.symlink(short + "/other", short + "/v.sock")
+            with transport.connect_unix(path):
+                server.accept()[0].close()
+    assert _nobody_came(others)
+
+
+def test_a_socket_behind_a_path_of_any_length_is_reached(short: str) -> None:
+    deep = Path(short, *["d" * 50] * 4)
+    deep.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.open(deep, os.O_PATH)
+        server.bind(f"/proc/self/fd/{here}/v.sock")
+        os.close(here)
+        server.listen()
+        with socket_path(str(deep / "v.sock")) as path, transport.connect_unix(path):
+            server.accept()[0].close()
