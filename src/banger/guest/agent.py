@@ -436,10 +436,13 @@ def forward(
     wait_s: float,
     in_fd: int,
     out_fd: int,
+    end_out: Callable[[int], None] = os.close,
 ) -> None:
-    """Join two descriptors with a TCP port inside the guest until both directions have closed.
+    """Join two descriptors with a TCP port inside the guest until that has closed.
 
-    For ssh's ProxyCommand. Each half closes by itself. Returns too when nobody reads `out_fd`.
+    Our direction's end is passed on; at the guest's, `end_out` gets `out_fd` and this returns, for a
+    guest that closes one half only cannot be told from one that is gone. Returns too when nobody
+    reads `out_fd`.
     """
     with open_forward(endpoint, port, wait_s=wait_s, host=host) as connection:
         poll = select.poll()
@@ -451,7 +454,7 @@ def forward(
                     break
                 try:
                     if not data:
-                        os.close(out_fd)
+                        end_out(out_fd)
                         return
                     write_all(out_fd, data)
                 except BrokenPipeError:

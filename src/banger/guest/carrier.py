@@ -16,7 +16,9 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from ipaddress import IPv4Address
 
 from banger.errors import BangerError
 from banger.guest import agent
@@ -29,6 +31,7 @@ _CONNECT_TIMEOUT_S = 10.0
 _CONNECTIONS = 256
 # Under QEMU each takes one of the VM's 12 streams, and exec and ssh need some too.
 _SERIAL_CONNECTIONS = 8
+_POLL_S = 0.1
 
 Join = Callable[[socket.socket, int], None]
 """Carries one accepted connection to a port of the guest, to its end."""
@@ -64,14 +67,15 @@ def join_agent(endpoint: Endpoint) -> Join:
     """Return how to reach a guest through its agent."""
 
     def join(client: socket.socket, port: int) -> None:
-        out = os.dup(client.fileno())
-        try:
-            agent.forward(
-                endpoint, port, wait_s=_CONNECT_TIMEOUT_S, in_fd=client.fileno(), out_fd=out
-            )
-        finally:
-            with contextlib.suppress(OSError):  # closed already where the guest ended first
-                os.close(out)
+        agent.forward(
+            endpoint,
+            port,
+            wait_s=_CONNECT_TIMEOUT_S,
+            in_fd=client.fileno(),
+            out_fd=client.fileno(),
+            # Closed by who accepted it: a number closed twice is somebody else's the second time.
+            end_out=lambda _: client.shutdown(socket.SHUT_WR),
+        )
 
     return join
 
@@ -91,6 +95,9 @@ def serve(forwards: list[Forward], join: Join, limit: int, pid: int) -> None:
         listeners[listener.fileno()] = (listener, forward.guest_port)
         poll.register(listener, select.POLLIN)
     print("ready", flush=True)
+    # Nobody reads it from here on: a full pipe would stop us.
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stderr.fileno())
 
     def carry(client: socket.socket, port: int) -> None:
         try:
@@ -104,30 +111,51 @@ def serve(forwards: list[Forward], join: Join, limit: int, pid: int) -> None:
         for fd, _ in poll.poll():
             if fd == ended:
                 return
-            # Waiting here leaves the next ones in the kernel's backlog.
-            if not room.acquire(timeout=1):
+            # Without room the next ones wait in the kernel's backlog, for a while.
+            if not room.acquire(timeout=_POLL_S):
                 continue
             listener, port = listeners[fd]
-            client, _ = listener.accept()
-            threading.Thread(target=carry, args=(client, port), daemon=True).start()
+            try:
+                client, _ = listener.accept()
+                threading.Thread(target=carry, args=(client, port), daemon=True).start()
+            except (OSError, RuntimeError):  # no descriptor or no thread is left: some will be
+                room.release()
+                time.sleep(_POLL_S)
+
+
+def _pid(text: str) -> int:
+    if not 1 <= int(text) <= 1 << 22:  # PID_MAX_LIMIT (linux/threads.h)
+        raise ValueError(text)
+    return int(text)
+
+
+def _endpoint(text: str) -> Endpoint:
+    return endpoint_from_wire(json.loads(text))
+
+
+def _forward(text: str) -> Forward:
+    try:
+        return parse_publish(text)
+    except BangerError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def main() -> int:
     """Run the carrier of one VM until its process is gone."""
     parser = argparse.ArgumentParser(prog="banger-carrier")
     parser.add_argument("--mark", required=True, help="says whose this is, in the process table")
-    parser.add_argument("--pid", type=int, required=True, help="ends with this process")
-    parser.add_argument("--address", help="the guest's, on the bridge")
-    parser.add_argument("--endpoint", type=json.loads, help="the guest's agent, as in the API")
-    parser.add_argument("forwards", nargs="+", type=parse_publish)
+    parser.add_argument("--pid", type=_pid, required=True, help="ends with this process")
+    other = parser.add_mutually_exclusive_group(required=True)
+    other.add_argument("--address", type=IPv4Address, help="the guest's, on the bridge")
+    other.add_argument("--endpoint", type=_endpoint, help="the guest's agent, as in the API")
+    parser.add_argument("forwards", nargs="+", type=_forward)
     options = parser.parse_args()
     limit = _CONNECTIONS
     if options.address is not None:
-        join = join_address(options.address)
+        join = join_address(str(options.address))
     else:
-        endpoint = endpoint_from_wire(options.endpoint)
-        join = join_agent(endpoint)
-        if isinstance(endpoint, VirtioSerial):
+        join = join_agent(options.endpoint)
+        if isinstance(options.endpoint, VirtioSerial):
             limit = _SERIAL_CONNECTIONS
     try:
         serve(options.forwards, join, limit, options.pid)

@@ -14,11 +14,6 @@ from ipaddress import AddressValueError, IPv4Address
 from banger.errors import Conflict, InvalidInput
 
 DEFAULT_HOST = "127.0.0.1"
-_CHUNK_BYTES = 256 << 10
-_CONNECT_TIMEOUT_S = 10.0
-# A busy page opens six. Each takes two descriptors, of which a process has 1024 where nobody says
-# otherwise: beyond the bound a connection is closed at once, and the others go on.
-_CONNECTIONS = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from banger.errors import BangerError, Unavailable, VmmFailed
@@ -33,6 +34,7 @@ from banger.vmm.children import Children
 # It opens its socket within 15 ms; in a nested lab under load it has taken 4 s.
 _START_TIMEOUT_S = 30.0
 _POLL_S = 0.005
+_PROBE_TIMEOUT_S = 10.0
 # A killed process is gone within milliseconds; one that waits for its disk is not.
 _GONE_TIMEOUT_S = 10.0
 # pasta forks while it starts: one look may find the parent only.
@@ -83,8 +85,32 @@ class Firecracker:
         return HybridVsock(str(_sockets(runtime) / _VSOCK_SOCKET))
 
     def check(self) -> None:
-        """Raise Unavailable when Firecracker, or the jailer where it is asked for, is missing."""
+        """Raise Unavailable when Firecracker, or what confines it here, is missing."""
         self._programs()
+        if os.geteuid() != 0 and not self._has_namespaces:
+            raise Unavailable(
+                "user namespaces are not allowed to this user, and without root they confine "
+                "Firecracker",
+                hint="allow them (`banger doctor`), or take `--vmm qemu`",
+            )
+
+    @cached_property
+    def _has_namespaces(self) -> bool:
+        """Whether a user namespace of ours may set up a network, asked of the kernel once.
+
+        Ubuntu 24.04 lets one be made, and takes its rights away (AppArmor).
+        """
+        try:
+            done = subprocess.run(
+                launch.probe(),
+                env=self._commands.environment,
+                capture_output=True,
+                timeout=_PROBE_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
 
     def _programs(self) -> tuple[str, str]:
         firecracker, jailer = self._find_firecracker(), self._find_jailer()

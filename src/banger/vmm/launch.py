@@ -63,6 +63,11 @@ def unprivileged(argv: Sequence[str], *, own_network: bool) -> list[str]:
     return [*_USER_NAMESPACE, *(["--net"] if own_network else []), "--", *without_rights(argv)]
 
 
+def probe() -> list[str]:
+    """Return a command that succeeds where the namespaces of this module can be made."""
+    return [*_USER_NAMESPACE, "--net", "--", "ip", "link", "set", "lo", "up"]
+
+
 def without_rights(argv: Sequence[str]) -> list[str]:
     """Return how to exec `argv` with no capability left, though the namespace's root runs it."""
     return [*_DROP, *argv]

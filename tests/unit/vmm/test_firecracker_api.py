@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from banger.errors import VmmFailed
-from banger.network.publish import Forward
 from banger.vmm import firecracker
 from banger.vmm import firecracker_api as api
 from banger.vmm.base import NetworkSpec, VmSpec
@@ -26,7 +25,7 @@ VERSIONS = ("v1.12.1", "v1.16.1")
 
 NETWORKS = {
     "none": None,
-    "user": NetworkSpec("02:00:00:00:00:01", forwards=(Forward("127.0.0.1", 8080, 80),)),
+    "user": NetworkSpec("02:00:00:00:00:01"),
     "bridge": NetworkSpec("02:00:00:00:00:01", tap="bt0"),
 }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from banger.errors import Unavailable
+from banger.host.commands import HostCommands
 from banger.vmm import launch
+from banger.vmm.firecracker import Firecracker
 
 
 def test_every_way_without_the_jailer_drops_all_rights_last() -> None:
@@ -100,3 +104,26 @@ def test_a_program_behind_links_is_found(tmp_path: Path) -> None:
     (tmp_path / "firecracker").symlink_to("current")
     (tmp_path / "current").symlink_to(real)
     assert launch.resolve(str(tmp_path / "firecracker")) == real
+
+
+@pytest.mark.parametrize(("status", "usable"), [(0, True), (1, False)])
+def test_without_root_firecracker_needs_user_namespaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, usable: bool
+) -> None:
+    """Else `auto` would choose a VMM that cannot start, as on Ubuntu 24.04 without root."""
+    (tmp_path / "unshare").write_text(f"#!/bin/sh\nexit {status}\n")
+    (tmp_path / "unshare").chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    commands = HostCommands({"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    vmm = Firecracker(commands, lambda: "/bin/firecracker", lambda: None, jailed=False)
+    if usable:
+        vmm.check()
+        return
+    with pytest.raises(Unavailable, match="user namespaces are not allowed"):
+        vmm.check()
+
+
+def test_the_probe_succeeds_where_namespaces_can_be_made() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("whether they can be made without root is this host's affair")
+    assert subprocess.run(launch.probe(), check=False, capture_output=True).returncode == 0
