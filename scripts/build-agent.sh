@@ -10,8 +10,9 @@ case $ARCH in
 esac
 output=$ROOT/src/banger/guest/bin/banger-agent-$name
 stamp=$ROOT/.build/agent-$name
-# By content: a checkout gives every file a new time.
-wanted=$(find "$ROOT/agent" "$0" "$ROOT/requirements/go.txt" -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+cd "$ROOT"
+# By content: a checkout gives every file a new time; by names below ROOT: a checkout may stand anywhere.
+wanted=$(find agent scripts/build-agent.sh requirements/go.txt -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)
 if [ -x "$output" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
