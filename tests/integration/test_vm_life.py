@@ -16,7 +16,7 @@ import pytest
 from banger.errors import Conflict, Corrupted, InvalidInput, NotFound, VmmFailed
 from banger.events import NullSink
 from banger.guest import agent
-from banger.host.process import ProcessIdentity, find_by_argument
+from banger.host.process import ProcessIdentity, find_by_argument, start_ticks
 from banger.services.reconcile import reconcile
 from banger.vmm.base import VmSpec
 from tests.support.fake_vmm import FakeVmm
@@ -282,6 +282,10 @@ async def test_a_reused_pid_is_not_taken_for_the_vm(parts: Parts) -> None:
     await parts.vms.create({"name": "box", "start": True}, SINK)
     row = await parts.rows.find("box")
     stranger = subprocess.Popen(["sleep", "600"])
+    while start_ticks(stranger.pid) == row.pid_start:  # a tick is 10 ms
+        stranger.kill()
+        stranger.wait()
+        stranger = subprocess.Popen(["sleep", "600"])
     await parts.rows.update(replace(row, pid=stranger.pid))
     later = await _restart(parts)
     assert (await later.vms.get("box"))["state"] == "stopped"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 _PYTHON = "/usr/local/lib/banger/venv/bin/python"
 # What the suite needs beside the product; all of it Python alone, for the lab's same Python.
 _MODULES = (
-    *("pytest", "_pytest", "pytest_asyncio", "pytest_timeout.py"),
+    *("pytest", "_pytest", "py.py", "pytest_asyncio", "pytest_timeout.py"),
     *("iniconfig", "pluggy", "packaging", "pygments", "typing_extensions.py"),
 )
 _PLUGINS = ("pytest-", "pytest_asyncio-", "pytest_timeout-")

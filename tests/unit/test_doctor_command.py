@@ -285,12 +285,19 @@ class TestBridgeWithoutRoot:
 
     def test_sudo_that_does_not_is_told_of_the_rule(self, host: FakeHost) -> None:
         host.program("sudo", "echo 'sudo: a password is required' >&2", status=1)
-        found = host.check("bridge")
-        assert (found.status, found.fixable) == ("warning", False)
+        wanted = Config(network="bridge")
+        found = host.check("bridge", wanted)
+        assert (found.status, found.fixable) == ("fail", False)
         assert found.fix.endswith("ada ALL=(root) NOPASSWD: /opt/helper")
-        assert host.check("bridge", Config(network="bridge")).status == "fail"
         (host.bin / "sudo").unlink()
-        assert "no sudo" in host.check("bridge").message
+        assert "no sudo" in host.check("bridge", wanted).message
+
+    def test_who_does_not_use_the_bridge_is_not_warned(self, host: FakeHost) -> None:
+        host.program("sudo", "echo 'sudo: a password is required' >&2", status=1)
+        found = host.check("bridge")
+        assert (found.status, found.fix) == ("ok", "")
+        assert "not needed: network is user; to have it, " in found.message
+        assert found.message.endswith("ada ALL=(root) NOPASSWD: /opt/helper")
 
     def test_helper_that_others_can_write_is_no_way_to_root(
         self, host: FakeHost, monkeypatch: pytest.MonkeyPatch
@@ -299,8 +306,8 @@ class TestBridgeWithoutRoot:
             raise Unavailable("others can write it", hint="install banger as root")
 
         monkeypatch.setattr(doctor.network, "find_trusted_helper", refuse)
-        found = host.check("bridge")
-        assert (found.status, found.fix) == ("warning", "install banger as root")
+        found = host.check("bridge", Config(network="bridge"))
+        assert (found.status, found.fix) == ("fail", "install banger as root")
 
     def test_jailer_is_not_needed(self, host: FakeHost) -> None:
         (host.bin / "jailer").unlink()

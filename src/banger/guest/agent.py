@@ -440,9 +440,9 @@ def forward(
 ) -> None:
     """Join two descriptors with a TCP port inside the guest until that has closed.
 
-    Our direction's end is passed on; at the guest's, `end_out` gets `out_fd` and this returns, for a
-    guest that closes one half only cannot be told from one that is gone. Returns too when nobody
-    reads `out_fd`.
+    Our direction's end is passed on; at the guest's, `end_out` gets `out_fd` and this returns, for
+    a guest that closes one half only cannot be told from one that is gone. Returns too when
+    nobody reads `out_fd`.
     """
     with open_forward(endpoint, port, wait_s=wait_s, host=host) as connection:
         poll = select.poll()

@@ -95,9 +95,10 @@ def serve(forwards: list[Forward], join: Join, limit: int, pid: int) -> None:
         listeners[listener.fileno()] = (listener, forward.guest_port)
         poll.register(listener, select.POLLIN)
     print("ready", flush=True)
-    # Nobody reads it from here on: a full pipe would stop us.
+    # Nobody reads what we say from here on: a full pipe would stop us.
     with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), sys.stderr.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nothing.fileno(), stream.fileno())
 
     def carry(client: socket.socket, port: int) -> None:
         try:

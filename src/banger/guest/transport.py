@@ -383,6 +383,12 @@ def open_stream(endpoint: Endpoint, *, timeout_s: float) -> Stream:
             sock = _connect_vsock(endpoint, timeout_s=timeout_s)
         else:
             sock = connect_unix(endpoint.path)
+    except ConnectionResetError as error:
+        raise Unavailable(
+            "the VM's agent takes no connection: the guest is booting, or its agent has ended",
+            hint="see `banger vm logs NAME`",
+            code="agent_unreachable",
+        ) from error
     except OSError as error:
         raise _not_running() from error
     try:

@@ -10,11 +10,14 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# A program that forks while it starts may show one of two processes at the first look.
+_LOOKS = 5
 
 
 def boot_id() -> str:
@@ -84,6 +87,14 @@ class ProcessIdentity:
                 signal.pidfd_send_signal(fd, number)
             os.close(fd)
 
+    def may_signal(self) -> bool:
+        """Tell whether it is there and ours to signal."""
+        try:
+            os.kill(self.pid, 0)
+        except OSError:
+            return False
+        return True
+
     async def wait(self) -> None:
         """Return when this process has ended (at once when it is gone)."""
         fd = self.open_pidfd()
@@ -107,6 +118,31 @@ class ProcessIdentity:
             cpu_seconds=(int(fields[11]) + int(fields[12])) / _TICKS_PER_S,
             memory_bytes=int(fields[21]) * _PAGE_BYTES,
         )
+
+
+async def end_by_argument(fragment: str, *, timeout_s: float = 10.0) -> None:
+    """Kill the processes whose command line holds `fragment`, and wait until they are gone.
+
+    Those of others that we may not signal are left alone: anybody can give theirs our words.
+    A killed process is gone within milliseconds, one that waits for its disk is not, hence
+    `timeout_s`.
+    """
+    for _ in range(_LOOKS):
+        found = await asyncio.to_thread(find_by_argument, fragment)
+        ours = [process for process in found if process.may_signal()]
+        if not ours:
+            return
+        await end_all(ours, timeout_s=timeout_s)
+
+
+async def end_all(processes: Iterable[ProcessIdentity], *, timeout_s: float = 10.0) -> None:
+    """Kill processes and wait until they are gone, at most `timeout_s`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            for process in processes:
+                if process.may_signal():
+                    process.kill()
+                    await process.wait()
 
 
 def find_by_argument(fragment: str) -> list[ProcessIdentity]:

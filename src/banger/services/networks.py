@@ -10,6 +10,8 @@ import asyncio
 import json
 import logging
 import os
+import select
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +19,8 @@ from ipaddress import IPv4Address
 
 from banger.errors import BangerError, Conflict, InvalidInput, VmmFailed, nearest
 from banger.guest.boot import GuestNetwork
-from banger.guest.transport import Endpoint, endpoint_to_wire
-from banger.host.process import ProcessIdentity, find_by_argument
+from banger.guest.transport import Endpoint, endpoint_to_wire, wait_for
+from banger.host.process import ProcessIdentity, end_by_argument
 from banger.network import usermode
 from banger.network.bridge import BridgeNetwork
 from banger.network.dns import NameAnswer
@@ -58,6 +60,8 @@ class NetworkService:
         self._rows = rows
         self._dns = tuple(dns)
         self._rules = asyncio.Lock()
+        # Reaped when they have ended; after a restart of the daemon init does it.
+        self._carriers: dict[int, subprocess.Popen[bytes]] = {}
         self._names_listen = ""
         self._telling: asyncio.Task[None] | None = None
 
@@ -135,34 +139,47 @@ class NetworkService:
         to = ["--endpoint", json.dumps(endpoint_to_wire(endpoint))]
         if row.network == "bridge" and row.address is not None:
             to = ["--address", row.address]
-        carrier = await asyncio.create_subprocess_exec(
+        argv = [
             *(sys.executable, "-I", "-m", "banger.guest.carrier"),
             *("--mark", mark),
             *("--pid", str(process.pid)),
             *to,
             *(str(forward) for forward in forwards),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+        ]
+        said = await asyncio.to_thread(self._start_carrier, argv)
+        if said != "ready":
+            raise VmmFailed(f"the ports of {row.name} could not be published: {said}")
+
+    def _start_carrier(self, argv: list[str]) -> str:
+        """Start a carrier and return its first line; it lives on when it is `ready`.
+
+        Not asyncio's: that one kills what it started when its handle goes.
+        """
+        carrier = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         assert carrier.stdout is not None
-        assert carrier.stderr is not None
-        try:
-            async with asyncio.timeout(_CARRIER_START_TIMEOUT_S):
-                if await carrier.stdout.readline() == b"ready\n":
-                    return
-                said = (await carrier.stderr.read(500)).decode(errors="replace").strip()
-        except TimeoutError:
-            carrier.kill()
-            said = "it did not answer"
-        raise VmmFailed(f"the ports of {row.name} could not be published: {said}")
+        with carrier.stdout as said:
+            line = ""
+            if wait_for(said.fileno(), select.POLLIN, _CARRIER_START_TIMEOUT_S):
+                line = said.readline(500).decode(errors="replace").strip()
+        if line == "ready":
+            self._carriers[carrier.pid] = carrier
+            return line
+        carrier.kill()
+        carrier.wait()
+        return line.removeprefix("banger-carrier: ") or "the carrier did not answer"
 
     async def leave(self, row: VmRow, mark: str) -> None:
         """Take a VM that has ended off its network; idempotent."""
         if row.publish:
-            for carrier in await asyncio.to_thread(find_by_argument, mark):
-                carrier.kill()
+            await end_by_argument(mark)
+            for pid in [pid for pid, child in self._carriers.items() if child.poll() is not None]:
+                del self._carriers[pid]
         if row.tap is None:
             return
         try:

@@ -11,7 +11,7 @@ import logging
 import re
 
 from banger.host import files
-from banger.host.process import find_by_argument
+from banger.host.process import end_all, find_by_argument
 from banger.services.networks import NetworkService
 from banger.services.vms import VmService
 from banger.store.layout import Layout
@@ -32,8 +32,7 @@ async def reconcile(
         vm_id = _whose(process.pid, layout)
         if vm_id is not None and vm_id not in alive:
             log.warning("ending a process that no VM owns: pid %d", process.pid)
-            process.kill()
-            await process.wait()
+            await end_all([process])
     for row in known:
         if row.state in ("creating", "deleting"):
             log.info("%s was %s: deleting it", row.name, row.state, extra={"vm": row.id})

@@ -24,7 +24,7 @@ from banger.errors import BangerError, Unavailable, VmmFailed
 from banger.guest.transport import Endpoint, HybridVsock, connect_unix, socket_path
 from banger.host.commands import HostCommands
 from banger.host.files import last_lines
-from banger.host.process import ProcessIdentity, find_by_argument
+from banger.host.process import ProcessIdentity, end_by_argument
 from banger.network.usermode import start_pasta
 from banger.vmm import firecracker_api as api
 from banger.vmm import jail, launch
@@ -35,10 +35,6 @@ from banger.vmm.children import Children
 _START_TIMEOUT_S = 30.0
 _POLL_S = 0.005
 _PROBE_TIMEOUT_S = 10.0
-# A killed process is gone within milliseconds; one that waits for its disk is not.
-_GONE_TIMEOUT_S = 10.0
-# pasta forks while it starts: one look may find the parent only.
-_SWEEPS = 5
 # Within execve(2) a process has no command line to know it by: microseconds, or the time its file
 # takes to be read.
 _EXEC_TIMEOUT_S = 1.0
@@ -186,17 +182,7 @@ class Firecracker:
     async def sweep(self, vm_id: str, runtime: Path, directory: Path) -> None:
         """End pasta and remove chroot, cgroup and sockets; idempotent."""
         mark = mark_of(vm_id, runtime)
-        for _ in range(_SWEEPS):
-            found = await asyncio.to_thread(find_by_argument, mark)
-            ours = [process for process in found if _may_end(process)]
-            if not ours:
-                break
-            for process in ours:
-                process.kill()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_GONE_TIMEOUT_S):
-                    for process in ours:
-                        await process.wait()
+        await end_by_argument(mark)
         await asyncio.to_thread(jail.sweep_jail, directory, mark)
         for name in (_API_SOCKET, _VSOCK_SOCKET, _JAIL):
             (runtime / name).unlink(missing_ok=True)
@@ -331,15 +317,6 @@ async def _read_soon(fd: int) -> bytes:
     finally:
         loop.remove_reader(fd)
     return os.read(fd, 16)
-
-
-def _may_end(process: ProcessIdentity) -> bool:
-    """Tell whether we may signal a process: any user can give theirs our mark."""
-    try:
-        os.kill(process.pid, 0)
-    except OSError:
-        return False
-    return True
 
 
 def _listens(path: Path) -> bool:

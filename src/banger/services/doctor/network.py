@@ -18,6 +18,7 @@ from banger.network.bridge import find_trusted_helper
 from banger.network.dns import recipe
 from banger.services.doctor.findings import (
     FAIL,
+    OK,
     PROBE_TIMEOUT_S,
     WARNING,
     Check,
@@ -55,7 +56,13 @@ async def check_bridge(host: Host) -> Check:
                 await install(host, package),
             )
     if not host.is_root:
-        return await _check_rights(host, severity)
+        rights = await _check_rights(host)
+        if rights.status != OK and severity != FAIL:
+            return ok(
+                f"not set up for this user, and not needed: network is {host.config.network}"
+                + (f"; to have it, {rights.fix}" * bool(rights.fix))
+            )
+        return rights
     name = host.config.bridge_name
     if await docker_drops(host.commands, name):
         return warning(
@@ -67,14 +74,14 @@ async def check_bridge(host: Host) -> Check:
     return ok("ip, bridge and nft are here, and banger runs as root")
 
 
-async def _check_rights(host: Host, severity: str) -> Check:
+async def _check_rights(host: Host) -> Check:
     """Whether a user's daemon may have root's helper; Docker's rules are for root to see."""
     try:
         helper = find_trusted_helper()
     except Unavailable as error:
-        return found(severity, error.message, error.hint)
+        return fail(error.message, error.hint)
     if host.commands.find("sudo") is None:
-        return found(severity, "network bridge needs root, and there is no sudo")
+        return fail("network bridge needs root, and there is no sudo")
     # -l lists whether it would be allowed, and runs nothing.
     done = await host.commands.run(
         ["sudo", "-n", "-l", str(helper)], timeout_s=PROBE_TIMEOUT_S, check=False
@@ -82,8 +89,7 @@ async def _check_rights(host: Host, severity: str) -> Check:
     if done.exit_status == 0:
         return ok(f"ip, bridge and nft are here, and sudo allows {helper}")
     user = pwd.getpwuid(os.getuid()).pw_name
-    return found(
-        severity,
+    return fail(
         f"network bridge needs root, and sudo does not let {user} have it without a password",
         f"as root, add with visudo: {user} ALL=(root) NOPASSWD: {helper}",
     )
