@@ -342,12 +342,12 @@ async def test_a_port_of_the_guest_where_nobody_listens_fails_in_time(
     endpoint = vmm.endpoint(spec.runtime)
     if not isinstance(endpoint, HybridVsock):
         pytest.skip("it has no ports of a vsock")
-    closed = replace(endpoint, port=endpoint.port + 1)
+    closed = endpoint._replace(port=endpoint.port + 1)
     begun = time.monotonic()
     with pytest.raises((Unavailable, TimedOut)) as caught:
         await asyncio.to_thread(lambda: open_stream(closed, timeout_s=10))
     assert time.monotonic() - begun < 20
     assert caught.value.code in ("agent_unreachable", "agent_timeout")
-    assert caught.value.message
+    assert "takes no connection" in caught.value.message
     # The one where the agent listens is none the worse for it.
     assert await asyncio.to_thread(_echo, vmm, spec) == b"hello\n"

@@ -40,6 +40,7 @@ from banger.vmm.firecracker import Firecracker
 from tests.support.artifacts import need_firecracker
 from tests.support.fake_firecracker import FakeFirecracker
 from tests.support.parts import Parts
+from tests.support.specs import plain_spec
 
 SINK = NullSink()
 NOBODY = 65534
@@ -88,24 +89,7 @@ def spec(root: Path) -> Iterator[VmSpec]:
     directory.mkdir(mode=0o700)
     for name in ("vmlinux", "initramfs.img", "base.ext4", "own.ext4", "mods.ext4"):
         (directory / name).touch(mode=0o600)
-    made = VmSpec(
-        id=vm_id,
-        vcpu=1,
-        memory_bytes=128 << 20,
-        accel="kvm",
-        kernel=directory / "vmlinux",
-        initramfs=directory / "initramfs.img",
-        command_line="console=ttyS0",
-        base_disk=directory / "base.ext4",
-        own_disk=directory / "own.ext4",
-        modules_disk=directory / "mods.ext4",
-        directory=directory,
-        runtime=runtime,
-        console_log=directory / "console.log",
-        vmm_log=directory / "vmm.log",
-        network=None,
-        metrics_log=directory / "metrics.json",
-    )
+    made = plain_spec(directory, id=vm_id, runtime=runtime, metrics_log=directory / "metrics.json")
     yield made
     for process in find_by_argument(made.mark):  # a test that failed
         process.kill()

@@ -22,6 +22,7 @@ import pytest
 from banger.guest import carrier
 from banger.guest.boot import agent_binary
 from banger.network.publish import Forward, check_free
+from tests.support.ports import free_port
 
 WAIT_S = 30.0
 
@@ -31,12 +32,6 @@ def taken() -> Iterator[int]:
     """A port that something listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 class Carrier:
@@ -144,7 +139,7 @@ def _connect(port: int) -> socket.socket:
 @contextlib.contextmanager
 def carried(talk: Callable[[socket.socket], None], *, limit: int = 0) -> Iterator[int]:
     """A port of the host that leads to a guest that talks so."""
-    port = _free_port()
+    port = free_port()
     with guest(talk) as inside, Carrier(Forward("127.0.0.1", port, inside), limit=limit):
         yield port
 
@@ -208,8 +203,8 @@ def test_a_reader_that_does_not_read_holds_up_nobody_else() -> None:
 
 
 def test_a_guest_where_nobody_listens_closes_the_connection() -> None:
-    port = _free_port()
-    with Carrier(Forward("127.0.0.1", port, _free_port())):
+    port = free_port()
+    with Carrier(Forward("127.0.0.1", port, free_port())):
         for _ in range(2):  # and goes on
             with _connect(port) as client:
                 assert client.recv(1) == b""
@@ -252,7 +247,7 @@ def test_more_than_the_bound_wait_until_there_is_room() -> None:
 
 
 def test_two_forwards_lead_to_two_ports() -> None:
-    one, two = _free_port(), _free_port()
+    one, two = free_port(), free_port()
     with guest(lambda c: c.sendall(b"one")) as first, guest(lambda c: c.sendall(b"two")) as second:
         with Carrier(Forward("127.0.0.1", one, first), Forward("127.0.0.1", two, second)):
             with _connect(one) as client:
@@ -262,7 +257,7 @@ def test_two_forwards_lead_to_two_ports() -> None:
 
 
 def test_it_ends_when_the_vmm_ends_with_connections_open() -> None:
-    port = _free_port()
+    port = free_port()
     with guest(_echo) as inside, Carrier(Forward("127.0.0.1", port, inside)) as running:
         with _connect(port) as client:
             client.sendall(b"x")
@@ -278,7 +273,7 @@ def test_it_ends_when_the_vmm_ends_with_connections_open() -> None:
 
 def test_a_pipe_nobody_reads_stops_nothing() -> None:
     """The daemon keeps stderr and does not read it."""
-    port = _free_port()
+    port = free_port()
     with guest(_echo) as inside, Carrier(Forward("127.0.0.1", port, inside), limit=32) as running:
         clients = []
         for _ in range(100):  # more than it has descriptors for
@@ -314,7 +309,7 @@ def test_a_vmm_that_is_gone_already_ends_it_with_a_line() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     words = ["--mark", "m", "--pid", str(gone.pid), "--address", "127.0.0.1"]
-    assert _end(*words, f"{_free_port()}:80") == (1, "", "banger-carrier: No such process\n")
+    assert _end(*words, f"{free_port()}:80") == (1, "", "banger-carrier: No such process\n")
 
 
 @pytest.mark.parametrize(
@@ -348,7 +343,7 @@ def test_hostile_arguments_end_it_without_a_trace(
 
 
 def test_a_terminated_one_lets_its_port_go() -> None:
-    port = _free_port()
+    port = free_port()
     with Carrier(Forward("127.0.0.1", port, 1)) as running:
         running.process.send_signal(signal.SIGTERM)
         running.process.wait(WAIT_S)
@@ -378,7 +373,7 @@ def carried_by_agent(
     endpoint: dict[str, object], talk: Callable[[socket.socket], None]
 ) -> Iterator[int]:
     """A port of the host that leads through the agent to a guest that talks so."""
-    port = _free_port()
+    port = free_port()
     to = ("--endpoint", json.dumps(endpoint))
     with guest(talk) as inside, Carrier(Forward("127.0.0.1", port, inside), to=to):
         yield port
@@ -420,7 +415,7 @@ def test_twenty_at_once_take_turns_over_the_agents_streams(agent_ports: dict[str
 
 
 def test_an_agent_that_is_not_there_closes_the_connection() -> None:
-    port = _free_port()
+    port = free_port()
     nowhere = json.dumps({"kind": "vsock", "path": "/nonexistent/v.sock"})
     with Carrier(Forward("127.0.0.1", port, 80), to=("--endpoint", nowhere)):
         for _ in range(2):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from banger.errors import Conflict, InvalidInput
 from banger.network.publish import Forward, check_free, parse_publish, parse_publishes
+from tests.support.ports import free_port
 
 WAIT_S = 30.0
 
@@ -92,15 +93,9 @@ def taken() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def test_a_taken_port_is_a_conflict_that_names_another(taken: int) -> None:
     with pytest.raises(Conflict) as caught:
-        check_free([Forward("127.0.0.1", _free_port(), 80), Forward("127.0.0.1", taken, 80)])
+        check_free([Forward("127.0.0.1", free_port(), 80), Forward("127.0.0.1", taken, 80)])
     assert caught.value.code == "port_taken"
     assert caught.value.message == (
         f"port 127.0.0.1:{taken} cannot be published: something listens there already"
@@ -111,7 +106,7 @@ def test_a_taken_port_is_a_conflict_that_names_another(taken: int) -> None:
 
 
 def test_a_free_port_is_free_again_afterwards() -> None:
-    forward = Forward("127.0.0.1", _free_port(), 80)
+    forward = Forward("127.0.0.1", free_port(), 80)
     check_free([forward])
     check_free([forward])
 
@@ -130,7 +125,7 @@ def test_a_connection_that_is_closing_keeps_no_port(taken: int) -> None:
 def test_an_address_of_another_host_is_a_conflict() -> None:
     # 192.0.2.0/24 is nobody's (RFC 5737).
     with pytest.raises(Conflict, match="this host does not have that address"):
-        check_free([Forward("192.0.2.1", _free_port(), 80)])
+        check_free([Forward("192.0.2.1", free_port(), 80)])
 
 
 def test_a_port_of_roots_is_refused_to_others() -> None:

@@ -18,7 +18,8 @@ import yaml
 from banger.errors import VmmFailed
 from banger.vmm import firecracker
 from banger.vmm import firecracker_api as api
-from banger.vmm.base import NetworkSpec, VmSpec
+from banger.vmm.base import NetworkSpec
+from tests.support.specs import plain_spec
 
 _REFERENCE = Path(__file__).parents[4] / "shared" / "reference"
 VERSIONS = ("v1.12.1", "v1.16.1")
@@ -107,31 +108,11 @@ def test_a_request_is_as_upstream_describes_it(description: Description, name: s
     description.check(CALLS[name])
 
 
-def _spec(directory: Path, network: NetworkSpec | None) -> VmSpec:
-    return VmSpec(
-        id="c0ffee000001",
-        vcpu=2,
-        memory_bytes=512 << 20,
-        accel="kvm",
-        kernel=directory / "vmlinux",
-        initramfs=directory / "initramfs.img",
-        command_line="console=ttyS0",
-        base_disk=directory / "base.ext4",
-        own_disk=directory / "own.ext4",
-        modules_disk=directory / "mods.ext4",
-        directory=directory,
-        runtime=directory / "run",
-        console_log=directory / "console.log",
-        vmm_log=directory / "vmm.log",
-        network=network,
-    )
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_configuration_of_a_machine_is_as_upstream_describes_it(
     description: Description, network: str
 ) -> None:
-    spec = _spec(Path("/vm"), NETWORKS[network])
+    spec = plain_spec(Path("/vm"), vcpu=2, network=NETWORKS[network])
     calls = firecracker.configuration(spec, firecracker._place(spec, Path("/firecracker")))
     for call in calls:
         description.check(call)

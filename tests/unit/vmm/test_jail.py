@@ -13,6 +13,7 @@ import pytest
 from banger.errors import VmmFailed
 from banger.vmm import jail
 from banger.vmm.base import VmSpec
+from tests.support.specs import VM_ID, plain_spec
 
 EXECUTABLE = Path("/opt/firecracker")
 
@@ -20,28 +21,18 @@ EXECUTABLE = Path("/opt/firecracker")
 @pytest.fixture
 def spec(tmp_path: Path) -> VmSpec:
     for name in (
-        *("vmlinux", "initramfs.img", "base.ext4", "disk.ext4", "modules.ext4"),
+        *("vmlinux", "initramfs.img", "base.ext4", "own.ext4", "mods.ext4"),
         *("vmm.log", "metrics.json"),
     ):
         (tmp_path / name).write_bytes(name.encode())
         (tmp_path / name).chmod(0o600)
-    return VmSpec(
-        id="c0ffee000001",
+    return plain_spec(
+        tmp_path,
         vcpu=2,
         memory_bytes=512 << 20,
-        accel="kvm",
-        kernel=tmp_path / "vmlinux",
-        initramfs=tmp_path / "initramfs.img",
-        command_line="",
-        base_disk=tmp_path / "base.ext4",
-        own_disk=tmp_path / "disk.ext4",
-        modules_disk=tmp_path / "modules.ext4",
         directory=tmp_path / "vm",
-        runtime=tmp_path / "run" / "vms" / "c0ffee000001",
-        console_log=tmp_path / "console.log",
-        vmm_log=tmp_path / "vmm.log",
+        runtime=tmp_path / "run" / "vms" / VM_ID,
         metrics_log=tmp_path / "metrics.json",
-        network=None,
     )
 
 
@@ -78,7 +69,7 @@ def test_the_chroot_holds_links_and_gives_away_only_what_is_the_vms(
     for name, path in expected.items():
         assert path is not None
         assert (root / name).samefile(path), name
-    own = {"root", "initramfs.img", "disk.ext4", "vmm.log", "metrics.json"}
+    own = {"root", "initramfs.img", "own.ext4", "vmm.log", "metrics.json"}
     assert owners == dict.fromkeys(own, 4711)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in root.iterdir()}
     # What all VMs share is read by any uid and written by none.
@@ -190,7 +181,7 @@ def test_a_sweep_takes_chroot_and_cgroups_and_is_idempotent(spec: VmSpec, cgroup
     jail.sweep_jail(spec.directory, spec.mark)
     assert list(spec.directory.iterdir()) == []
     assert list(cgroups.iterdir()) == []
-    assert spec.own_disk.read_bytes() == b"disk.ext4"
+    assert spec.own_disk.read_bytes() == b"own.ext4"
     jail.sweep_jail(spec.directory, spec.mark)
 
 
