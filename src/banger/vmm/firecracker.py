@@ -339,6 +339,7 @@ def _sockets(runtime: Path) -> Path:
 def _place(spec: VmSpec, executable: Path) -> _Files:
     """Put the files where Firecracker will see them and return their names there."""
     if spec.jail_uid is None:
+        jail.take_back(spec)
         return _Files(
             kernel=str(spec.kernel),
             initramfs=str(spec.initramfs),

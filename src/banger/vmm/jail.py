@@ -79,6 +79,17 @@ def writable_files(spec: VmSpec) -> dict[str, Path]:
     return files
 
 
+def take_back(spec: VmSpec) -> None:
+    """Make root the owner again of what a jailed run of the VM was given.
+
+    For a run without the jailer: its user namespace has no right to another uid's files.
+    """
+    if os.geteuid() == 0:
+        for path in writable_files(spec).values():
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(path, 0, 0)
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)

@@ -224,3 +224,13 @@ def test_a_cgroup_that_stays_does_not_hold_a_sweep_up(
     monkeypatch.setattr(Path, "rmdir", refuse)
     jail.sweep_jail(spec.directory, spec.mark)
     assert jail.cgroup_of(spec.mark).exists()
+
+
+def test_a_run_without_the_jailer_takes_the_files_back(
+    spec: VmSpec, monkeypatch: pytest.MonkeyPatch, owners: dict[str, int]
+) -> None:
+    """A user namespace has no right to files of a uid that is not mapped in it."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    spec.vmm_log.unlink()
+    jail.take_back(spec)
+    assert owners == {"initramfs.img": 0, "own.ext4": 0, "metrics.json": 0}
