@@ -111,10 +111,10 @@ def test_base_segment_is_kept_until_agent_or_kernel_change(tmp_path: Path) -> No
     first = boot.base_segment(kernel, cache_dir=tmp_path / "c", agent=agent)
     made = first.stat().st_mtime_ns
     assert boot.base_segment(kernel, cache_dir=tmp_path / "c", agent=agent) == first
+    assert first.stat().st_mtime_ns == made
     first.unlink()  # swept from the cache
     assert boot.base_segment(kernel, cache_dir=tmp_path / "c", agent=agent) == first
     assert first.exists()
-    assert first.stat().st_mtime_ns == made
     agent.write_bytes(b"\x7fELF newer")
     second = boot.base_segment(kernel, cache_dir=tmp_path / "c", agent=agent)
     assert second != first
