@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from banger.errors import Conflict, Corrupted, InvalidInput, NotFound, VmmFailed
+from banger.errors import Conflict, Corrupted, InvalidInput, NotFound, Unavailable, VmmFailed
 from banger.events import NullSink
 from banger.guest import agent
 from banger.host.process import ProcessIdentity, find_by_argument, start_ticks
@@ -378,3 +378,12 @@ async def test_two_first_starts_at_once_make_one_key_and_both_come_up(parts: Par
         60,
     )
     assert [vm["state"] for vm in both] == ["running", "running"]
+
+
+async def test_a_network_that_cannot_be_is_told_before_anything_is_made(parts: Parts) -> None:
+    parts.commands.environment["PATH"] = "/nonexistent"
+    for network, program in (("user", "passt"), ("bridge", "ip")):
+        with pytest.raises(Unavailable, match=f"program {program} is not installed"):
+            await parts.vms.create({"name": "box", "network": network}, SINK)
+    assert await parts.rows.all() == []
+    assert _left(parts) == []

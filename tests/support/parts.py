@@ -123,6 +123,7 @@ class Parts:
 
         plan = parse_bridge("br-banger", "172.16.0.1", "172.16.0.0/29")
         self.networks = NetworkService(
+            self.commands,
             BridgeNetwork(self.commands, plan, pool_size=0, tap_uid=os.getuid()),
             plan,
             self.rows.all,

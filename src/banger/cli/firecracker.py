@@ -73,6 +73,9 @@ def run_list(context: Context, _args: argparse.Namespace) -> int:
     if context.json:
         output.write_json([_as_dict(entry) for entry in found])
         return 0
+    if not found:
+        output.notice("none installed; `banger firecracker install` gets one")
+        return 0
     output.write_table(
         ["VERSION", "CURRENT", "DIRECTORY"],
         [

@@ -118,7 +118,7 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
     }
     plan = parse_bridge(config.bridge_name, config.bridge_ip, config.cidr)
     bridge = BridgeNetwork(commands, plan, pool_size=config.tap_pool_size, tap_uid=os.getuid())
-    networks = NetworkService(bridge, plan, rows.all, config.default_dns)
+    networks = NetworkService(commands, bridge, plan, rows.all, config.default_dns)
     ssh_key = Path(config.ssh_key_path).expanduser() if config.ssh_key_path else None
     vms = VmService(
         rows=rows,

@@ -24,6 +24,7 @@ _GATEWAY_MAC = "02:62:6e:67:00:02"
 
 # It answers within 20 ms; a busy host has been seen to take seconds.
 _START_TIMEOUT_S = 20.0
+_INSTALL = "install it: `banger doctor --fix` (Debian package passt)"
 
 
 def common_arguments() -> list[str]:
@@ -71,6 +72,12 @@ def pasta_arguments(pid: int, interface: str, mark: str, *, root: bool) -> list[
     ]
 
 
+def check(commands: HostCommands) -> None:
+    """Raise Unavailable when passt or pasta is not installed; one package holds both."""
+    for program in ("passt", "pasta"):
+        commands.need(program, hint=_INSTALL)
+
+
 async def start_passt(commands: HostCommands, fd: int) -> None:
     """Start passt on `fd` and return once it serves; raises Unavailable and VmmFailed."""
     await _start(commands, passt_arguments(fd), pass_fds=(fd,))
@@ -100,7 +107,7 @@ async def _start(
     prefix: Sequence[str] = (),
     pass_fds: tuple[int, ...] = (),
 ) -> None:
-    commands.need(argv[0], hint="install it: `banger doctor --fix` (Debian package passt)")
+    commands.need(argv[0], hint=_INSTALL)
     try:
         await commands.run([*prefix, *argv], timeout_s=_START_TIMEOUT_S, pass_fds=pass_fds)
     except Unavailable as error:

@@ -20,6 +20,7 @@ from ipaddress import IPv4Address
 from banger.errors import BangerError, Conflict, InvalidInput, VmmFailed, nearest
 from banger.guest.boot import GuestNetwork
 from banger.guest.transport import Endpoint, endpoint_to_wire, wait_for
+from banger.host.commands import HostCommands
 from banger.host.process import ProcessIdentity, end_by_argument
 from banger.network import usermode
 from banger.network.bridge import BridgeNetwork
@@ -54,7 +55,15 @@ class Joined:
 class NetworkService:
     """Joins VMs to networks and takes them off again."""
 
-    def __init__(self, bridge: BridgeNetwork, plan: Bridge, rows: Rows, dns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        commands: HostCommands,
+        bridge: BridgeNetwork,
+        plan: Bridge,
+        rows: Rows,
+        dns: Sequence[str],
+    ) -> None:
+        self._commands = commands
         self._bridge = bridge
         self._plan = plan
         self._rows = rows
@@ -69,6 +78,8 @@ class NetworkService:
         """Raise what stands against this network on this host, before anything is made."""
         if network == "bridge":
             await self._bridge.check()
+        elif network == "user":
+            usermode.check(self._commands)
 
     def lease(self, row: VmRow, rows: Iterable[VmRow]) -> VmRow:
         """Return the row with an address where it needs one; raise Unavailable when none is left.
