@@ -81,6 +81,10 @@ class NetworkService:
         elif network == "user":
             usermode.check(self._commands)
 
+    async def check_ports(self, row: VmRow) -> None:
+        """Raise Conflict when a port that the VM is to publish is somebody else's now."""
+        await asyncio.to_thread(check_free, forwards_of(row))
+
     def lease(self, row: VmRow, rows: Iterable[VmRow]) -> VmRow:
         """Return the row with an address where it needs one; raise Unavailable when none is left.
 

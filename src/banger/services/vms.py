@@ -213,6 +213,8 @@ class VmService:
         # Before minutes of pulling: can this host run it at all.
         self._vmms[self._choose(row.vmm).vmm].check()
         await self._networks.check(row.network)
+        if request.get("start", False):
+            await self._networks.check_ports(row)
         # Both at once: the kernel is small and waits for nobody.
         await together(self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink))
         sink.stage(f"create {name}")

@@ -414,6 +414,16 @@ def test_twenty_at_once_take_turns_over_the_agents_streams(agent_ports: dict[str
     assert answers == [b"hello"] * 20
 
 
+def test_a_guest_where_nobody_listens_closes_the_connection_at_once_through_the_agent(
+    agent_ports: dict[str, object],
+) -> None:
+    port = free_port()
+    to = ("--endpoint", json.dumps(agent_ports))
+    with Carrier(Forward("127.0.0.1", port, free_port()), to=to), _connect(port) as client:
+        client.settimeout(8)  # far below what a wait for a listener would be
+        assert client.recv(1) == b""
+
+
 def test_an_agent_that_is_not_there_closes_the_connection() -> None:
     port = free_port()
     nowhere = json.dumps({"kind": "vsock", "path": "/nonexistent/v.sock"})
