@@ -17,6 +17,7 @@ import (
 	"banger/agent/exec"
 	"banger/agent/files"
 	"banger/agent/forward"
+	"banger/agent/keeplog"
 	"banger/agent/stream"
 	"banger/agent/system"
 )
@@ -48,8 +49,16 @@ func main() {
 			fmt.Fprintln(os.Stderr, "banger-agent:", err)
 			os.Exit(1)
 		}
+	case len(os.Args) == 5 && os.Args[1] == "keep-log":
+		limit, _ := strconv.ParseInt(os.Args[3], 10, 64)
+		kept, _ := strconv.ParseInt(os.Args[4], 10, 64)
+		debug.SetGCPercent(20)
+		if err := keeplog.Run(os.Args[2], limit, kept, os.Stdin); err != nil {
+			fmt.Fprintln(os.Stderr, "banger-agent: keep-log:", err)
+			os.Exit(1)
+		}
 	default:
-		fmt.Fprintln(os.Stderr, "usage: banger-agent version | serve-unix DIRECTORY [PORTS]")
+		fmt.Fprintln(os.Stderr, "usage: banger-agent version | serve-unix DIRECTORY [PORTS] | keep-log FILE LIMIT KEPT")
 		os.Exit(2)
 	}
 }

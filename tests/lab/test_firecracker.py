@@ -338,6 +338,8 @@ def test_without_root_a_user_namespace_confines_the_vmm(user: Lab) -> None:
     assert len(set(links)) == 4
     assert facts.endswith("\n700")
     assert user.ok("banger vm exec mine -- getent hosts deb.debian.org", user="dev")
+    user.ok("banger vm exec mine -- sh -c 'echo to the console >/dev/console'", user="dev")
+    _wait_for(user, "runuser -u dev -- env HOME=/home/dev banger vm logs mine | grep 'to the con'")
     _wait_for(
         user, "timeout 20 bash -c 'exec 3<>/dev/tcp/127.0.0.1/3022; head -c 4 <&3 | grep SSH'"
     )

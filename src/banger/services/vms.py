@@ -562,7 +562,8 @@ class VmService:
         try:
             while not ended.done():
                 await asyncio.wait([ended], timeout=_LOG_CHECK_INTERVAL_S)
-                for path in (vm_files.console_log, vm_files.vmm_log, vm_files.metrics_log):
+                # The console, which is the guest's to fill, has a keeper of its own.
+                for path in (vm_files.vmm_log, vm_files.metrics_log):
                     await asyncio.to_thread(files.trim_log, path, _LOG_LIMIT_BYTES, _LOG_KEPT_BYTES)
         finally:
             ended.cancel()

@@ -11,7 +11,7 @@
                                       removed before the row goes
     disk.ext4                         its own disk, sparse
     ssh_host_ed25519_key{,.pub}       made by us before the first boot
-    console.log                       the guest's serial console, capped
+    console.log                       the end of the guest's serial console: vmm.children keeps it
     vmm.log                           what the VMM said on stderr
     metrics.json                      Firecracker's counters, a line a minute; capped
     jail/                             only while a jailed Firecracker runs: see vmm.jail

@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from banger.errors import VmmFailed
+from banger.guest.boot import agent_binary
 from banger.host.commands import HostCommands
 from banger.host.process import ProcessIdentity
+
+# Enough for a long boot with every message, and for a panic behind a day of chatter.
+_CONSOLE_LIMIT_BYTES = 4 << 20
+_CONSOLE_KEPT_BYTES = 1 << 20
 
 
 class Children:
@@ -21,34 +26,65 @@ class Children:
     def __init__(self, commands: HostCommands) -> None:
         self._commands = commands
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._keepers: list[int] = []
+
+    def open_console(self, path: Path) -> int:
+        """Return the writing end of a VM's console log; the caller closes it.
+
+        A process of its own keeps the end of what comes in `path`, so that a guest cannot fill the
+        disk, whether a daemon runs or not. It ends when nobody can write any more.
+        """
+        reading, writing = os.pipe()
+        try:
+            # Not subprocess: nobody waits for a keeper, and its handle would complain of that.
+            keeper = os.posix_spawn(
+                agent_binary(),
+                [
+                    *("banger-agent", "keep-log", str(path)),
+                    *(str(_CONSOLE_LIMIT_BYTES), str(_CONSOLE_KEPT_BYTES)),
+                ],
+                {},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, reading, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+                ],
+                setsid=True,
+            )
+        except OSError as error:
+            os.close(writing)
+            raise VmmFailed(f"cannot keep a console log: {error.strerror}") from error
+        except BaseException:
+            os.close(writing)
+            raise
+        finally:
+            os.close(reading)
+        # Reaped some time: those of VMs that have ended.
+        self._keepers = [pid for pid in self._keepers if not _has_ended(pid)] + [keeper]
+        return writing
 
     async def spawn(
         self,
         argv: Sequence[str],
         *,
         log: Path,
-        output: Path | None = None,
         stdin: int = subprocess.DEVNULL,
         stdout: int | None = None,
         pass_fds: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
-        """Start a program in a session of its own.
+        """Start a program in a session of its own; stderr, and stdout unless given, go to `log`.
 
-        stderr goes to `log`; stdout to the descriptor given, else to `output`, else to `log`.
         Raises VmmFailed when it cannot be started.
         """
         # O_APPEND, so that trimming a log from outside works while it is written to.
-        fds = [
-            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            for path in (output or log, log)
-        ]
+        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         starting = asyncio.create_task(
             asyncio.to_thread(
                 subprocess.Popen,
                 argv,
                 stdin=stdin,
-                stdout=fds[0] if stdout is None else stdout,
-                stderr=fds[1],
+                stdout=log_fd if stdout is None else stdout,
+                stderr=log_fd,
                 cwd="/",
                 env={"PATH": self._commands.environment["PATH"], "LC_ALL": "C.UTF-8"},
                 start_new_session=True,
@@ -68,8 +104,7 @@ class Children:
         except OSError as error:
             raise VmmFailed(f"cannot start {argv[0]}: {error.strerror}") from error
         finally:
-            for fd in fds:
-                os.close(fd)
+            os.close(log_fd)
         self._children[child.pid] = child
         return child
 
@@ -88,3 +123,11 @@ class Children:
             await asyncio.to_thread(child.wait)
         else:
             await process.wait()
+
+
+def _has_ended(pid: int) -> bool:
+    """Tell whether a child has ended, and reap it then."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True

@@ -227,7 +227,11 @@ class Firecracker:
         return await self._to_logs(spec, [*words, *argv])
 
     async def _to_logs(self, spec: VmSpec, argv: list[str]) -> subprocess.Popen[bytes]:
-        return await self._children.spawn(argv, log=spec.vmm_log, output=spec.console_log)
+        console = self._children.open_console(spec.console_log)
+        try:
+            return await self._children.spawn(argv, log=spec.vmm_log, stdout=console)
+        finally:
+            os.close(console)
 
     async def _in_user_network(
         self, spec: VmSpec, argv: list[str], *, as_uid: int | None = None
@@ -235,7 +239,10 @@ class Firecracker:
         """Start a program in a network namespace that pasta joins to the world."""
         assert spec.network is not None
         prefix = [] if as_uid is None else launch.as_user(as_uid)
-        output = spec.console_log if as_uid is None else Path("/dev/null")
+        output, console = Path("/dev/null"), -1
+        if as_uid is None:
+            console = self._children.open_console(spec.console_log)
+            output = Path(f"/proc/self/fd/{console}")
         said, says = os.pipe()
         waits, goes = os.pipe()
         child = None
@@ -245,6 +252,7 @@ class Firecracker:
                 log=spec.vmm_log,
                 stdin=waits,
                 stdout=says,
+                pass_fds=() if console < 0 else (console,),
             )
             for fd in (says, waits):
                 os.close(fd)
@@ -266,7 +274,7 @@ class Firecracker:
                 await self._children.end(child)
             raise
         finally:
-            for fd in (said, says, waits, goes):
+            for fd in (said, says, waits, goes, console):
                 if fd >= 0:
                     os.close(fd)
         return child

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -58,6 +59,7 @@ class Qemu:
         for stale in spec.runtime.glob("*.sock"):
             stale.unlink()
         ours, qemus = _user_network(spec)
+        console = self._children.open_console(spec.console_log)
         try:
             if ours is not None:
                 await start_passt(self._commands, ours.fileno())
@@ -67,9 +69,11 @@ class Qemu:
                     *command_line(spec, None if qemus is None else qemus.fileno()),
                 ],
                 log=spec.vmm_log,
+                stdout=console,
                 pass_fds=() if qemus is None else (qemus.fileno(),),
             )
         finally:
+            os.close(console)
             # passt ends when QEMU's end is the last one closed.
             for end in (ours, qemus):
                 if end is not None:
@@ -176,7 +180,7 @@ def command_line(spec: VmSpec, network_fd: int | None = None) -> list[str]:
         *("-kernel", str(spec.kernel)),
         *("-initrd", str(spec.initramfs)),
         *("-append", spec.command_line),
-        *("-chardev", f"file,id=console,path={_escape(str(spec.console_log))},append=on"),
+        *("-chardev", "stdio,id=console,signal=off"),
         *("-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,path={_escape(runtime)}/qmp.sock,server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
