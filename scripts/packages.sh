@@ -14,8 +14,8 @@ packages=(
     iproute2 nftables        # the bridge network: bridge, taps, rules
     python3 python3-venv
 )
-# busybox is the smallest guest the tests boot; cpio reads our initramfs back.
-[ "$purpose" = run ] || packages+=(busybox-static cpio)
+# busybox is the smallest guest the tests boot; cpio reads our initramfs back; dig asks our names.
+[ "$purpose" = run ] || packages+=(busybox-static cpio bind9-dnsutils)
 
 ID='' VERSION_ID='' PRETTY_NAME=''
 # shellcheck source=/dev/null
