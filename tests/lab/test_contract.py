@@ -18,6 +18,8 @@ _MODULES = (
     *("pytest", "_pytest", "py.py", "pytest_asyncio", "pytest_timeout.py"),
     *("iniconfig", "pluggy", "packaging", "pygments", "typing_extensions.py"),
 )
+# What a client sees of a guest that is gone.
+_LOST = re.compile(r"agent (cannot be reached|takes no connection)|agent was lost|ended while boot")
 _PLUGINS = ("pytest-", "pytest_asyncio-", "pytest_timeout-")
 
 
@@ -47,13 +49,20 @@ def test_firecracker_keeps_the_contract(lab: Lab) -> None:
         f"cd {ROOT} && store=$({environment} {_PYTHON} -c 'from tests.support.artifacts import "
         "artifact_store; print(artifact_store())') && cp -aln /var/lib/banger-artifacts/. $store/"
     )
-    done = lab.run(
-        f"cd {ROOT} && {environment} {_PYTHON} -m pytest -q -p no:cacheprovider tests/contract "
+    suite = (
+        f"cd {ROOT} && {environment} {_PYTHON} -m pytest -q -o cache_dir=/root/ci/pytest "
         # Jailed all of it; without the jailer what its confinement could change.
-        "-k 'firecracker-jailed or firecracker and (adopts or paused or cannot_work or metrics)'",
-        timeout_s=2000,
+        "tests/contract -k 'firecracker-jailed or firecracker and "
+        "(adopts or paused or cannot_work or metrics)'"
     )
+    done = lab.run(suite, timeout_s=2000)
     said = done.stdout.decode()
+    failed = re.search(r"(\d+) failed", said)
+    if failed is not None and int(failed[1]) <= 2 and _LOST.search(said):
+        # A guest of the lab's that reset itself: see conftest.py. Those tests alone, once more.
+        done = lab.run(f"{suite} --last-failed", timeout_s=2000)
+        assert done.returncode == 0, said[-6000:] + done.stdout.decode()[-6000:]
+        return
     assert done.returncode == 0, said[-6000:] + done.stderr.decode()[-2000:]
     counts = re.search(r"(\d+) passed", said)
     assert counts is not None, said

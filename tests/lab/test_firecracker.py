@@ -287,7 +287,7 @@ def test_the_user_network_of_root_is_pastas_own_and_outbound_only(host: Lab) -> 
 def test_docker_runs_inside_the_full_image(host: Lab) -> None:
     # The host's static busybox makes the smallest container: no compiler runs twice emulated.
     done = host.run(
-        "banger vm run -q --name docks --image debian-bookworm --memory 1G --vcpu 1 -- true"
+        "banger vm delete docks 2>/dev/null; banger vm run -q --name docks --image debian-bookworm --memory 1G --vcpu 1 -- true"
         " && banger vm cp /usr/bin/busybox docks:/tmp/busybox"
         " && banger vm exec --wait docks -- sh -c "
         + shlex.quote(
@@ -320,7 +320,7 @@ def user(host: Lab) -> Iterator[Lab]:
 
 def test_without_root_a_user_namespace_confines_the_vmm(user: Lab) -> None:
     user.ok(
-        f"banger vm create -q {SMALL} --name mine --network user -p 127.0.0.1:3022:22",
+        f"banger vm delete mine 2>/dev/null; banger vm create -q {SMALL} --name mine --network user -p 127.0.0.1:3022:22",
         user="dev",
         timeout_s=_BOOT_S,
     )
@@ -365,7 +365,7 @@ def test_the_bridge_needs_the_helper_and_says_how_to_allow_it(user: Lab) -> None
     )
     user.ok("banger daemon stop", user="dev")
     user.ok(
-        f"banger vm create -q {SMALL} --name bridged --network bridge",
+        f"banger vm delete bridged 2>/dev/null; banger vm create -q {SMALL} --name bridged --network bridge",
         user="dev",
         timeout_s=_BOOT_S,
     )

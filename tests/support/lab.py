@@ -217,6 +217,21 @@ class Lab:
             f" && find {shlex.quote(home)}/.local -type d -exec chown {shlex.quote(user)}: {{}} +"
         )
 
+    def guest_resets(self) -> int:
+        """Return how often a guest has ended by itself in this lab so far."""
+        logs = "/root/.local/state/banger/bangerd.log* /home/*/.local/state/banger/bangerd.log*"
+        return int(self.ok(f"cat {logs} 2>/dev/null | grep -c 'shut down by itself' || true"))
+
+    def start_stopped_vms(self) -> None:
+        """Start root's VMs that do not run, and wait until each has an sshd."""
+        self.ok(
+            "for vm in $(banger vm list --json | jq -r '.[] | select(.state == \"stopped\").name'); do "
+            "banger vm start $vm || exit; done; for vm in $(banger vm list -q); do "
+            "for i in $(seq 90); do banger vm exec $vm -- test -e /run/sshd.pid && break; sleep 1; "
+            "done; done",
+            timeout_s=900,
+        )
+
     def keep_evidence(self, test: str) -> None:
         """Copy journal, kernel log, consoles and daemon log to test-results/lab/TEST/."""
         kept = EVIDENCE / test.replace("/", "_")
