@@ -159,7 +159,7 @@ def is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -422,10 +422,11 @@ def test_killed_client_costs_no_port(agent_directory: str, ports: int) -> None:
         client.stdin.close()
         client.stdout.close()
         assert run(endpoint, b"echo", b"ok")[1] == b"ok\n"
-    deadline = time.monotonic() + 5
-    while "D" in lock_states(endpoint).values() and time.monotonic() < deadline:
-        run(endpoint, b"true")
-    assert set(lock_states(endpoint).values()) == {"C"}
+    # As many streams at once as there are ports. (A dirty port above a clean one is only taken back
+    # when it is needed, so the states of the locks alone would say nothing.)
+    streams = [open_stream(endpoint, timeout_s=10) for _ in range(ports)]
+    for stream in streams:
+        stream.close()
 
 
 def test_agent_survives_any_bytes(agent_directory: str) -> None:
