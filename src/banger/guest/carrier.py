@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import select
 import socket
 import sys
@@ -32,6 +33,10 @@ _CONNECTIONS = 256
 # Under QEMU each takes one of the VM's 12 streams, and exec and ssh need some too.
 _SERIAL_CONNECTIONS = 8
 _POLL_S = 0.1
+# Descriptors: what we hold ourselves, and what a connection may need at once (both its ends, a
+# stream's lease, a socket's path).
+_OWN_DESCRIPTORS = 16
+_EACH_DESCRIPTORS = 5
 
 Join = Callable[[socket.socket, int], None]
 """Carries one accepted connection to a port of the guest, to its end."""
@@ -141,6 +146,20 @@ def _forward(text: str) -> Forward:
         raise argparse.ArgumentTypeError(error.message) from error
 
 
+def _affordable(connections: int) -> int:
+    """Return how many connections there are descriptors for, at most `connections`.
+
+    One that is accepted and then lacks a descriptor for its other end would be dropped.
+    """
+    wanted = _OWN_DESCRIPTORS + _EACH_DESCRIPTORS * connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return min(connections, max(1, (soft - _OWN_DESCRIPTORS) // _EACH_DESCRIPTORS))
+    return connections
+
+
 def main() -> int:
     """Run the carrier of one VM until its process is gone."""
     parser = argparse.ArgumentParser(prog="banger-carrier")
@@ -159,7 +178,7 @@ def main() -> int:
         if isinstance(options.endpoint, VirtioSerial):
             limit = _SERIAL_CONNECTIONS
     try:
-        serve(options.forwards, join, limit, options.pid)
+        serve(options.forwards, join, _affordable(limit), options.pid)
     except OSError as error:
         print(f"banger-carrier: {error.strerror or error}", file=sys.stderr)
         return 1
