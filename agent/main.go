@@ -3,7 +3,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 	"os/signal"
@@ -18,6 +17,7 @@ import (
 	"banger/agent/files"
 	"banger/agent/forward"
 	"banger/agent/keeplog"
+	"banger/agent/shell"
 	"banger/agent/stream"
 	"banger/agent/system"
 )
@@ -78,6 +78,7 @@ func newServer(mode string) *stream.Server {
 		"exec": exec.Handle, "put": files.Put, "get": files.Get, "stat": files.Stat,
 		"forward": forward.Handle, "ports": forward.Ports,
 		"stats": system.Stats, "sync": system.Sync, "time": system.Time, "shutdown": system.Shutdown,
+		"shell": shell.Handle,
 		"streams": func(s *stream.Stream, _ []byte) error {
 			return s.Finish(map[string]interface{}{"streams": server.PortStates()})
 		},
@@ -101,6 +102,8 @@ func serveGuest(arguments []string) {
 		runtime.GOMAXPROCS(4)
 	}
 	system.OwnInit = mode == "init"
+	duties, dutiesErr := boot.ReadDuties()
+	exec.ImageEnvironment = duties.Environment
 	server := newServer(mode)
 	opener := &portOpener{server: server, open: map[string]bool{}}
 	opener.scan()
@@ -110,13 +113,16 @@ func serveGuest(arguments []string) {
 	if vsockErr != nil && opener.scan() == 0 {
 		boot.Log("no port yet and no vsock: %v", vsockErr)
 	}
-	if len(arguments) > 1 {
-		var late *boot.Network
-		if json.Unmarshal([]byte(arguments[1]), &late) == nil && late != nil {
-			if err := boot.ConfigureLateNetwork(late); err != nil {
-				boot.Log("network: %v", err)
-			}
+	if dutiesErr != nil {
+		boot.Log("the agent's duties do not read: %v", dutiesErr)
+	}
+	if duties.Network != nil {
+		if err := boot.ConfigureLateNetwork(duties.Network); err != nil {
+			boot.Log("network: %v", err)
 		}
+	}
+	if duties.Once != nil {
+		shell.RunOnce(duties.Once)
 	}
 	select {}
 }

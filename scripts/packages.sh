@@ -14,8 +14,11 @@ packages=(
     iproute2 nftables        # the bridge network: bridge, taps, rules
     python3 python3-venv
 )
-# busybox is the smallest guest the tests boot; cpio reads our initramfs back; dig asks our names.
-[ "$purpose" = run ] || packages+=(busybox-static cpio bind9-dnsutils)
+# busybox is the smallest guest the tests boot; cpio reads our initramfs back; dig asks our names;
+# lz4, zstd, xz, bzip2 compress kernels; depmod (kmod) indexes their modules;
+# umoci and skopeo make images, docker-registry serves them, htpasswd (apache2-utils) its logins.
+[ "$purpose" = run ] || packages+=(busybox-static cpio bind9-dnsutils lz4 zstd xz-utils bzip2 kmod
+    docker-registry skopeo umoci apache2-utils)
 
 ID='' VERSION_ID='' PRETTY_NAME=''
 # shellcheck source=/dev/null
@@ -95,4 +98,8 @@ if [ ${#newer[@]} -gt 0 ] && ! apt_source_of "$backports" >/dev/null; then
     apt update
 fi
 [ ${#newer[@]} -eq 0 ] || apt install -y --no-install-recommends -t "$backports" "${newer[@]}" >/dev/null
+# The package would start a registry on port 5000 of every address, now and at each boot.
+if [[ " ${missing[*]:-} " == *" docker-registry "* ]] && command -v systemctl >/dev/null; then
+    "${as_root[@]}" systemctl --quiet mask docker-registry.service 2>/dev/null || true
+fi
 [ ${#missing[@]} -eq 0 ] || apt install -y --no-install-recommends "${missing[@]}" >/dev/null

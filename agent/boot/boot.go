@@ -3,6 +3,7 @@ package boot
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,6 +20,7 @@ const (
 	readyFD    = 3
 	clockSlack = 2 * time.Second
 	newRoot    = "/newroot"
+	maxDuties  = 8 << 20
 
 	noSuidDevExec = syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC
 )
@@ -27,7 +29,14 @@ const (
 // shutdown (https://systemd.io/ROOT_STORAGE_DAEMONS/).
 const AgentArgument = "@banger-agent"
 
-var images = []string{"/sbin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/etc/init", "/bin/init"}
+var inits = []string{"/sbin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/etc/init", "/bin/init"}
+
+// notInits are programs that images have as /sbin/init though they end when what they were given to run ends, and
+// they would be given nothing: a PID 1 that ends is a panic.
+var notInits = map[string]bool{
+	"tini": true, "tini-static": true, "dumb-init": true, "catatonit": true, "docker-init": true,
+	"sh": true, "bash": true, "dash": true, "true": true, "false": true, "sleep": true,
+}
 
 // Main is PID 1 in the initramfs. It does not return.
 func Main() {
@@ -129,14 +138,14 @@ func run() (step string, err error) {
 	if err := configureLoopback(); err != nil {
 		return step, fmt.Errorf("lo: %w", err)
 	}
-	late := config.Network
-	if late != nil {
-		done, err := configureNetwork(late)
+	duties := &Duties{Network: config.Network, Environment: config.Environment, Once: config.Once}
+	if duties.Network != nil {
+		done, err := configureNetwork(duties.Network)
 		if err != nil {
 			return step, err
 		}
 		if done {
-			late = nil
+			duties.Network = nil
 		}
 	}
 	step = "find the image's init"
@@ -145,17 +154,12 @@ func run() (step string, err error) {
 		return step, err
 	}
 	step = "enter the new root"
-	if argv == nil {
-		if err := inRoot.mount("cgroup2", "/sys/fs/cgroup", "cgroup2", noSuidDevExec, "nsdelegate"); err != nil {
-			Log("boot: %v", err) // a kernel without it still runs programs
-		}
-	}
 	if err := enterRoot(inRoot); err != nil {
 		return step, err
 	}
 	mark("network")
 	step = "start the agent"
-	pid, err := startAgent(argv == nil, late)
+	pid, err := startAgent(argv == nil, duties)
 	if err != nil {
 		return step, err
 	}
@@ -164,10 +168,17 @@ func run() (step string, err error) {
 	if argv != nil {
 		step = "start " + argv[0]
 		environment := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/", "TERM=linux"}
-		return step, syscall.Exec(argv[0], argv, environment)
+		err := syscall.Exec(argv[0], argv, environment)
+		if len(config.Init) > 0 {
+			return step, err
+		}
+		Log("boot: %s does not start (%v): the agent stays PID 1", argv[0], err)
 	}
 	step = "be init"
-	return step, beInit(pid, late)
+	if err := syscall.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", noSuidDevExec, "nsdelegate"); err != nil {
+		Log("boot: cgroup2: %v", err) // a kernel without it still runs programs
+	}
+	return step, beInit(pid, duties)
 }
 
 func loadModules() error {
@@ -289,14 +300,18 @@ func mountOverlay() error {
 	return nil
 }
 
-// prepareRoot mounts what every root has and writes what the host decided. Nothing here trusts the image:
-// every path is resolved inside it.
+// prepareRoot mounts what every root has and writes what the host decided. Nothing here trusts the image: every path
+// is resolved inside it. What an odd image (a file where /root should be, a full disk) makes impossible is logged and
+// left out: a machine one can enter is worth more than none.
 func prepareRoot(r *root, config *Config) error {
+	try := func(err error) {
+		if err != nil {
+			Log("boot: left out: %v", err)
+		}
+	}
 	// Docker's and containerd's overlayfs cannot lie on ours: they get the ext4 itself.
 	for source, target := range map[string]string{"/own/docker": "/var/lib/docker", "/own/containerd": "/var/lib/containerd"} {
-		if err := r.mount(source, target, "", syscall.MS_BIND, ""); err != nil {
-			return err
-		}
+		try(r.mount(source, target, "", syscall.MS_BIND, ""))
 	}
 	if config.Drives.Modules != nil {
 		raw, err := os.ReadFile("/proc/sys/kernel/osrelease")
@@ -304,13 +319,9 @@ func prepareRoot(r *root, config *Config) error {
 			return err
 		}
 		target := "/lib/modules/" + strings.TrimSpace(string(raw))
-		if err := r.mount("/modules", target, "", syscall.MS_MOVE, ""); err != nil {
-			return err
-		}
+		try(r.mount("/modules", target, "", syscall.MS_MOVE, ""))
 	}
-	if err := r.mount("tmpfs", "/run", "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV, "mode=0755"); err != nil {
-		return err
-	}
+	try(r.mount("tmpfs", "/run", "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV, "mode=0755"))
 	for _, name := range []string{"/dev/pts", "/dev/shm"} {
 		_ = os.Mkdir(name, 0o755)
 	}
@@ -330,19 +341,21 @@ func prepareRoot(r *root, config *Config) error {
 			return fmt.Errorf("hostname: %w", err)
 		}
 	}
+	// Images for containers lack what their runtime makes.
+	if !r.exists("/tmp") {
+		try(r.makeDirectory(&Directory{Path: "/tmp", Mode: 0o1777}))
+	}
+	try(r.symlinkIfAbsent("../proc/self/mounts", "/etc/mtab"))
 	for i := range config.Directories {
-		if err := r.makeDirectory(&config.Directories[i]); err != nil {
-			return err
-		}
+		try(r.makeDirectory(&config.Directories[i]))
 	}
 	for i := range config.Files {
-		if err := r.writeFile(&config.Files[i]); err != nil {
-			return err
-		}
+		try(r.writeFile(&config.Files[i]))
 	}
 	// Debian's tmpfiles.d says `D /tmp`: systemd-tmpfiles would empty /tmp during the boot, under a command that
 	// the agent already runs. A file of this name in /run comes before the one in /usr/lib.
-	return r.writeFile(&File{Path: "/run/tmpfiles.d/tmp.conf", Mode: 0o644, Content: []byte("q /tmp 1777 root root 10d\n")})
+	try(r.writeFile(&File{Path: "/run/tmpfiles.d/tmp.conf", Mode: 0o644, Content: []byte("q /tmp 1777 root root 10d\n")}))
+	return nil
 }
 
 // findInit returns the argv of the image's init, nil when it has none.
@@ -353,8 +366,8 @@ func findInit(r *root, override []string) ([]string, error) {
 		}
 		return override, nil
 	}
-	for _, name := range images {
-		if r.isExecutable(name) {
+	for _, name := range inits {
+		if r.isInit(name) {
 			return []string{name}, nil
 		}
 	}
@@ -384,13 +397,16 @@ func enterRoot(r *root) error {
 	return os.Chdir("/")
 }
 
-// startAgent starts the long-lived agent and waits until it serves its ports.
-func startAgent(isInit bool, late *Network) (int, error) {
-	var fds [2]int
-	if err := syscall.Pipe2(fds[:], syscall.O_CLOEXEC); err != nil {
+// startAgent starts the long-lived agent, tells it its duties and waits until it serves its ports.
+func startAgent(isInit bool, duties *Duties) (int, error) {
+	var ready, stdin [2]int
+	if err := syscall.Pipe2(ready[:], syscall.O_CLOEXEC); err != nil {
 		return 0, err
 	}
-	defer syscall.Close(fds[0])
+	defer syscall.Close(ready[0])
+	if err := syscall.Pipe2(stdin[:], syscall.O_CLOEXEC); err != nil {
+		return 0, err
+	}
 	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
 	if err != nil {
 		return 0, err
@@ -400,27 +416,33 @@ func startAgent(isInit bool, late *Network) (int, error) {
 	if isInit {
 		mode = "init"
 	}
-	network, err := json.Marshal(late)
+	told, err := json.Marshal(duties)
 	if err != nil {
 		return 0, err
 	}
-	write := os.NewFile(uintptr(fds[1]), "ready")
+	write := os.NewFile(uintptr(ready[1]), "ready")
+	read, tell := os.NewFile(uintptr(stdin[0]), "duties"), os.NewFile(uintptr(stdin[1]), "duties")
 	// The link resolves to our file though it has no name in the new root any more.
-	process, err := os.StartProcess("/proc/self/exe", []string{AgentArgument, mode, string(network)}, &os.ProcAttr{
+	process, err := os.StartProcess("/proc/self/exe", []string{AgentArgument, mode}, &os.ProcAttr{
 		Dir: "/", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "GOTRACEBACK=single"},
-		Files: []*os.File{null, null, null, write},
+		Files: []*os.File{read, null, null, write},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
 	write.Close()
+	read.Close()
 	if err != nil {
+		tell.Close()
 		return 0, err
 	}
-	if err := syscall.SetNonblock(fds[0], true); err != nil {
+	// It reads to the end before it says that it is ready. Should it die, the write fails.
+	_, _ = tell.Write(told)
+	tell.Close()
+	if err := syscall.SetNonblock(ready[0], true); err != nil {
 		return 0, err
 	}
 	for deadline := time.Now().Add(readyWait); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		var one [1]byte
-		n, err := syscall.Read(fds[0], one[:])
+		n, err := syscall.Read(ready[0], one[:])
 		if n == 1 {
 			break
 		}
@@ -431,6 +453,17 @@ func startAgent(isInit bool, late *Network) (int, error) {
 	return process.Pid, nil
 }
 
+// ReadDuties is the agent's side of it; nobody else reads its standard input.
+func ReadDuties() (*Duties, error) {
+	duties := &Duties{}
+	err := json.NewDecoder(io.LimitReader(os.Stdin, maxDuties)).Decode(duties)
+	if null, nullErr := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0); nullErr == nil {
+		_ = syscall.Dup3(null, 0, 0)
+		syscall.Close(null)
+	}
+	return duties, err
+}
+
 // TellReady is the agent's answer to startAgent.
 func TellReady() {
 	_, _ = syscall.Write(readyFD, []byte{1})
@@ -438,7 +471,9 @@ func TellReady() {
 }
 
 // beInit reaps, and starts the agent again should it ever die.
-func beInit(agent int, late *Network) error {
+func beInit(agent int, duties *Duties) error {
+	again := *duties
+	again.Once = nil
 	for deaths := 0; ; {
 		var status syscall.WaitStatus
 		pid, err := syscall.Wait4(-1, &status, 0, nil)
@@ -454,7 +489,7 @@ func beInit(agent int, late *Network) error {
 				return fmt.Errorf("the agent died %d times", deaths)
 			}
 			Log("the agent died (status %d), starting it again", status)
-			if agent, err = startAgent(true, late); err != nil {
+			if agent, err = startAgent(true, &again); err != nil {
 				return err
 			}
 		}

@@ -1,8 +1,12 @@
 package boot
 
 import (
+	"bytes"
+	"encoding/binary"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
 	"testing"
 )
 
@@ -16,7 +20,7 @@ func TestParseConfig(t *testing.T) {
 		t.Errorf("%+v", config)
 	}
 	for _, bad := range []string{`{`, `{"files":[{"path":"etc/x"}]}`, `{"files":[{"path":"/a/../b"}]}`,
-		`{"directories":[{"path":"/"}]}`, `{"network":{"interface":"e","address_cidr":"fe80::1/64"}}`, `{"files":[{"path":"/x","content_b64":"!"}]}`} {
+		`{"directories":[{"path":"/"}]}`, `{"network":{"interface":"e","address_cidr":"fe80::1/64"}}`, `{"files":[{"path":"/x","content_b64":"!"}]}`, `{"once":{"log":"x"}}`} {
 		if _, err := ParseConfig([]byte(bad)); err == nil {
 			t.Errorf("%s: taken", bad)
 		}
@@ -84,23 +88,104 @@ func TestFilesStayInsideTheRoot(t *testing.T) {
 	}
 }
 
-func TestFindInit(t *testing.T) {
+func TestDanglingDirectoriesAreMade(t *testing.T) {
 	image := t.TempDir()
+	_ = os.Symlink("/gone/etc", image+"/etc")
 	r, err := openRoot(image)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if argv, err := findInit(r, nil); argv != nil || err != nil {
-		t.Errorf("none: %v %v", argv, err)
+	if err := r.writeFile(&File{Path: "/etc/hostname", Mode: 0o644, Content: []byte("h\n"), UID: os.Getuid(), GID: os.Getgid()}); err != nil {
+		t.Fatal(err)
 	}
-	_ = os.MkdirAll(image+"/usr/lib/systemd", 0o755)
-	_ = os.WriteFile(image+"/usr/lib/systemd/systemd", nil, 0o755)
-	_ = os.Mkdir(image+"/sbin", 0o755)
-	_ = os.Symlink("/usr/lib/systemd/systemd", image+"/sbin/init")
-	if argv, _ := findInit(r, nil); len(argv) != 1 || argv[0] != "/sbin/init" {
-		t.Errorf("%v", argv)
+	if raw, _ := os.ReadFile(image + "/etc/hostname"); string(raw) != "h\n" {
+		t.Errorf("%q", raw)
 	}
-	if _, err := findInit(r, []string{"/nosuch"}); err == nil {
-		t.Error("a missing override was taken")
+	for i := 0; i < 2; i++ {
+		if err := r.symlinkIfAbsent("../proc/self/mounts", "/etc/mtab"); err != nil {
+			t.Error(err)
+		}
 	}
+	if target, _ := os.Readlink(image + "/etc/mtab"); target != "../proc/self/mounts" {
+		t.Errorf("mtab -> %q", target)
+	}
+	_ = os.WriteFile(image+"/root", nil, 0o644)
+	if err := r.writeFile(&File{Path: "/root/.ssh/authorized_keys"}); err == nil {
+		t.Error("written below a file")
+	}
+}
+
+// program returns an ELF executable that asks for a loader, or none.
+func program(t *testing.T, loader string) []byte {
+	const machine = 62
+	raw := make([]byte, 64+56)
+	copy(raw, "\x7fELF\x02\x01\x01")
+	binary.LittleEndian.PutUint16(raw[18:], machine)
+	if runtime.GOARCH == "arm64" {
+		binary.LittleEndian.PutUint16(raw[18:], 183)
+	}
+	binary.LittleEndian.PutUint64(raw[32:], 64)
+	binary.LittleEndian.PutUint16(raw[54:], 56)
+	binary.LittleEndian.PutUint16(raw[56:], 1)
+	if loader != "" {
+		binary.LittleEndian.PutUint32(raw[64:], 3)
+		binary.LittleEndian.PutUint64(raw[64+8:], uint64(len(raw)))
+		binary.LittleEndian.PutUint64(raw[64+32:], uint64(len(loader)+1))
+		raw = append(raw, loader+"\x00"...)
+	}
+	return raw
+}
+
+func TestFindInit(t *testing.T) {
+	foreign := program(t, "")
+	foreign[18] = 0x15 // EM_PPC64
+	for name, c := range map[string]struct {
+		files map[string]string // link targets begin with `->`
+		want  string
+	}{
+		"none":                {nil, ""},
+		"systemd":             {map[string]string{"/usr/lib/systemd/systemd": string(program(t, "")), "/sbin/init": "->/usr/lib/systemd/systemd"}, "/sbin/init"},
+		"systemd, no link":    {map[string]string{"/lib/systemd/systemd": string(program(t, ""))}, "/lib/systemd/systemd"},
+		"busybox":             {map[string]string{"/bin/busybox": string(program(t, "")), "/sbin/init": "->../bin/busybox"}, "/sbin/init"},
+		"dangling":            {map[string]string{"/sbin/init": "->/lib/systemd/systemd"}, ""},
+		"dangling, and other": {map[string]string{"/sbin/init": "->/gone", "/bin/init": string(program(t, ""))}, "/bin/init"},
+		"loop":                {map[string]string{"/sbin/init": "->init"}, ""},
+		"with a loader":       {map[string]string{"/sbin/init": string(program(t, "/lib/ld.so")), "/lib/ld.so": "x"}, "/sbin/init"},
+		"loader missing":      {map[string]string{"/sbin/init": string(program(t, "/lib/ld.so"))}, ""},
+		"another machine":     {map[string]string{"/sbin/init": string(foreign)}, ""},
+		"script":              {map[string]string{"/sbin/init": "#! /bin/sh -e\n", "/bin/sh": string(program(t, ""))}, "/sbin/init"},
+		"script, no shell":    {map[string]string{"/sbin/init": "#!/bin/sh\n"}, ""},
+		"script of itself":    {map[string]string{"/sbin/init": "#!/sbin/init\n"}, ""},
+		"tini":                {map[string]string{"/usr/bin/tini-static": string(program(t, "")), "/sbin/init": "->/usr/bin/tini-static"}, ""},
+		"empty":               {map[string]string{"/sbin/init": ""}, ""},
+		"a directory":         {map[string]string{"/sbin/init/x": ""}, ""},
+	} {
+		image := t.TempDir()
+		for path, content := range c.files {
+			if err := os.MkdirAll(image+filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if strings.HasPrefix(content, "->") {
+				_ = os.Symlink(content[2:], image+path)
+			} else {
+				_ = os.WriteFile(image+path, []byte(content), 0o755)
+			}
+		}
+		r, err := openRoot(image)
+		if err != nil {
+			t.Fatal(err)
+		}
+		argv, err := findInit(r, nil)
+		if err != nil || strings.Join(argv, " ") != c.want {
+			t.Errorf("%s: %v, %v, want %q", name, argv, err, c.want)
+		}
+		if _, err := findInit(r, []string{"/nosuch"}); err == nil {
+			t.Error("a missing override was taken")
+		}
+	}
+}
+
+func FuzzElfLoader(f *testing.F) {
+	f.Add([]byte("\x7fELF\x02\x01\x01"))
+	f.Fuzz(func(t *testing.T, raw []byte) { _, _ = elfLoader(bytes.NewReader(raw)) })
 }

@@ -18,6 +18,23 @@ type Config struct {
 	Network     *Network    `json:"network"`
 	TimeUnixNs  int64       `json:"time_unix_ns"`
 	Init        []string    `json:"init"`
+	// Environment is what the image says a process gets: under what an exec asks for.
+	Environment map[string]string `json:"environment"`
+	Once        *Once             `json:"once"`
+}
+
+// Once is a shell script that runs once per boot, behind everything else: nobody waits for it, and its failure is
+// a line in its log.
+type Once struct {
+	Script []byte `json:"script_b64"`
+	Log    string `json:"log"`
+}
+
+// Duties is what /init tells the long-lived agent, over its standard input.
+type Duties struct {
+	Network     *Network          `json:"network"` // one that was not there during boot
+	Environment map[string]string `json:"environment"`
+	Once        *Once             `json:"once"`
 }
 
 // Drives says which disk is which: a device path, or `serial:<serial>`, which no probe order changes.
@@ -81,6 +98,11 @@ func ParseConfig(raw []byte) (*Config, error) {
 		}
 		if config.Directories[i].Mode == 0 {
 			config.Directories[i].Mode = 0o755
+		}
+	}
+	if config.Once != nil {
+		if err := checkPath(config.Once.Log); err != nil {
+			return nil, err
 		}
 	}
 	if config.Network != nil {

@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -30,7 +31,8 @@ func inside(name string) string {
 	return name
 }
 
-// directory opens a directory (O_PATH), made with its parents where missing.
+// directory opens a directory (O_PATH), made with its parents where missing. A symlink that leads nowhere gives way
+// to a directory.
 func (r *root) directory(name string) (int, error) {
 	const flags = sys.OPath | syscall.O_DIRECTORY
 	const resolve = sys.ResolveInRoot | sys.ResolveNoMagiclinks
@@ -41,8 +43,15 @@ func (r *root) directory(name string) (int, error) {
 			return -1, parentErr
 		}
 		defer syscall.Close(parent)
-		if err := syscall.Mkdirat(parent, path.Base(name), 0o755); err != nil {
-			return -1, &os.PathError{Op: "mkdir", Path: name, Err: err}
+		made := syscall.Mkdirat(parent, path.Base(name), 0o755)
+		if made == syscall.EEXIST {
+			if _, notLink := sys.Readlinkat(parent, path.Base(name)); notLink == nil {
+				_ = sys.Unlinkat(parent, path.Base(name), 0)
+				made = syscall.Mkdirat(parent, path.Base(name), 0o755)
+			}
+		}
+		if made != nil {
+			return -1, &os.PathError{Op: "mkdir", Path: name, Err: made}
 		}
 		fd, err = sys.Openat2(r.fd, inside(name), flags, 0, resolve)
 	}
@@ -65,6 +74,7 @@ func (r *root) mount(source, target, fstype string, flags uintptr, data string) 
 	return nil
 }
 
+// writeFile writes beside and renames: a full disk costs no line that was there.
 func (r *root) writeFile(file *File) error {
 	parent, err := r.directory(path.Dir(file.Path))
 	if err != nil {
@@ -76,22 +86,54 @@ func (r *root) writeFile(file *File) error {
 	if file.KeepLines {
 		content = withLines(readSmall(parent, name), content)
 	}
-	if err := sys.Unlinkat(parent, name, 0); err != nil && err != syscall.ENOENT {
+	const staged = ".banger-staged"
+	if err := sys.Unlinkat(parent, staged, 0); err != nil && err != syscall.ENOENT {
 		return &os.PathError{Op: "unlink", Path: file.Path, Err: err}
 	}
-	fd, err := sys.Openat(parent, name, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW, 0o600)
+	fd, err := sys.Openat(parent, staged, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return &os.PathError{Op: "create", Path: file.Path, Err: err}
 	}
 	out := os.NewFile(uintptr(fd), file.Path)
 	defer out.Close()
-	if _, err := out.Write(content); err != nil {
+	_, err = out.Write(content)
+	if err == nil {
+		err = out.Chown(file.UID, file.GID)
+	}
+	if err == nil {
+		err = syscall.Fchmod(fd, file.Mode&0o7777)
+	}
+	if err == nil {
+		if err = syscall.Renameat(parent, staged, parent, name); err != nil {
+			err = &os.PathError{Op: "rename", Path: file.Path, Err: err}
+		}
+	}
+	if err != nil {
+		_ = sys.Unlinkat(parent, staged, 0)
+	}
+	return err
+}
+
+// exists tells whether a path inside is there; a symlink that leads nowhere is not.
+func (r *root) exists(name string) bool {
+	fd, err := sys.Openat2(r.fd, inside(name), sys.OPath, 0, sys.ResolveInRoot|sys.ResolveNoMagiclinks)
+	if err == nil {
+		syscall.Close(fd)
+	}
+	return err == nil
+}
+
+// symlinkIfAbsent makes a symlink where there is nothing of that name.
+func (r *root) symlinkIfAbsent(target, name string) error {
+	parent, err := r.directory(path.Dir(name))
+	if err != nil {
 		return err
 	}
-	if err := out.Chown(file.UID, file.GID); err != nil {
-		return err
+	defer syscall.Close(parent)
+	if err := sys.Symlinkat(target, parent, path.Base(name)); err != nil && err != syscall.EEXIST {
+		return &os.PathError{Op: "symlink", Path: name, Err: err}
 	}
-	return syscall.Fchmod(fd, file.Mode&0o7777)
+	return nil
 }
 
 // readSmall returns a regular file's content; nothing for any other, or one of more than 1 MiB.
@@ -154,11 +196,65 @@ func (r *root) makeDirectory(d *Directory) error {
 
 // isExecutable tells whether a path inside is a file that can be executed.
 func (r *root) isExecutable(name string) bool {
+	fd := r.openExecutable(name)
+	if fd >= 0 {
+		syscall.Close(fd)
+	}
+	return fd >= 0
+}
+
+// openExecutable opens (O_PATH) a regular file that has an execute bit; -1 where there is none.
+func (r *root) openExecutable(name string) int {
 	fd, err := sys.Openat2(r.fd, inside(name), sys.OPath, 0, sys.ResolveInRoot|sys.ResolveNoMagiclinks)
 	if err != nil {
+		return -1
+	}
+	var st syscall.Stat_t
+	if syscall.Fstat(fd, &st) == nil && st.Mode&syscall.S_IFMT == syscall.S_IFREG && st.Mode&0o111 != 0 {
+		return fd
+	}
+	syscall.Close(fd)
+	return -1
+}
+
+// isInit tells whether a path inside is a program of this machine that can be PID 1.
+func (r *root) isInit(name string) bool {
+	fd := r.openExecutable(name)
+	if fd < 0 {
 		return false
 	}
 	defer syscall.Close(fd)
-	var st syscall.Stat_t
-	return syscall.Fstat(fd, &st) == nil && st.Mode&syscall.S_IFMT == syscall.S_IFREG && st.Mode&0o111 != 0
+	real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil || notInits[path.Base(real)] {
+		return false
+	}
+	return r.canRun(name, 0)
+}
+
+// canRun tells whether the kernel would execute a file inside: a binary of this machine whose loader is there, or a
+// script whose interpreter is.
+func (r *root) canRun(name string, depth int) bool {
+	const deepest = 4 // BINPRM_MAX_RECURSION
+	fd, err := sys.Openat2(r.fd, inside(name), syscall.O_RDONLY|syscall.O_NONBLOCK, 0, sys.ResolveInRoot|sys.ResolveNoMagiclinks)
+	if err != nil || depth > deepest {
+		return false
+	}
+	file := os.NewFile(uintptr(fd), name)
+	defer file.Close()
+	if !r.isExecutable(name) {
+		return false
+	}
+	head := make([]byte, 256)
+	n, err := io.ReadFull(file, head)
+	if err != nil && err != io.ErrUnexpectedEOF {
+		return false
+	}
+	head = head[:n]
+	if bytes.HasPrefix(head, []byte("#!")) {
+		line := strings.SplitN(string(head[2:]), "\n", 2)[0]
+		words := strings.Fields(line)
+		return len(words) > 0 && r.canRun(words[0], depth+1)
+	}
+	loader, ok := elfLoader(file)
+	return ok && (loader == "" || r.isExecutable(loader))
 }

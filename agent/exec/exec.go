@@ -566,8 +566,12 @@ func (q *stdinQueue) start(j *job) {
 }
 
 func (j *job) detach(account *Account, env []string, cwd string) error {
-	if err := os.MkdirAll(LogDirectory, 0o755); err != nil {
-		return err
+	directory := LogDirectory
+	if err := os.MkdirAll(directory, 0o755); err != nil {
+		directory = "/run/banger" // a file system that is read-only, or odd
+		if os.MkdirAll(directory, 0o755) != nil {
+			return err
+		}
 	}
 	null, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {
@@ -580,7 +584,7 @@ func (j *job) detach(account *Account, env []string, cwd string) error {
 	}
 	defer syscall.Close(writer)
 	id := fmt.Sprintf("%x", time.Now().UnixNano())
-	path := LogDirectory + "/" + id + ".log"
+	path := directory + "/" + id + ".log"
 	log, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|os.O_APPEND, 0o640)
 	if err != nil {
 		reader.Close()

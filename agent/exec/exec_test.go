@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"sort"
+	"syscall"
 	"testing"
 )
 
@@ -62,6 +63,9 @@ func TestLookUp(t *testing.T) {
 		"bob:docker": {"bob", 1000, 999, []uint32{10, 999}, "/home/bob", "/bin/sh"},
 		"bob:5":      {"bob", 1000, 5, []uint32{10, 999}, "/home/bob", "/bin/sh"},
 		"4242":       {"4242", 4242, 0, []uint32{}, "/", "/bin/sh"},
+		"4242:77":    {"4242", 4242, 77, []uint32{}, "/", "/bin/sh"},
+		"4242:wheel": {"4242", 4242, 10, []uint32{}, "/", "/bin/sh"},
+		"0":          {"root", 0, 0, []uint32{}, "/root", "/bin/bash"},
 		"nobody":     nil, "bob:nogroup": nil, "bob:": nil,
 	} {
 		got, err := LookUp(spec, directory)
@@ -78,15 +82,51 @@ func TestLookUp(t *testing.T) {
 func TestEnvironment(t *testing.T) {
 	account := &Account{Name: "bob", Home: "/home/bob", Shell: "/bin/sh"}
 	request := &Request{Env: map[string]string{"A": "mine"}, TTY: &TTY{Term: "vt100"}}
+	defer func() { ImageEnvironment = nil }()
+	ImageEnvironment = map[string]string{"A": "image", "C": "image", "PATH": "/go/bin:/bin", "": "x", "BAD": "a\x00b"}
 	got := environment(request, account, etc(t))
 	sort.Strings(got)
-	want := []string{"A=mine", "B=two words", "C=x", "HOME=/home/bob", "LANG=C.UTF-8", "LOGNAME=bob",
-		"PATH=" + defaultPath, "SHELL=/bin/sh", "TERM=vt100", "USER=bob"}
+	want := []string{"A=mine", "B=two words", "C=image", "HOME=/home/bob", "LANG=C.UTF-8", "LOGNAME=bob",
+		"PATH=/go/bin:/bin", "SHELL=/bin/sh", "TERM=vt100", "USER=bob"}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q", got)
 	}
 	request.ExactEnv = true
 	if got := environment(request, account, etc(t)); !reflect.DeepEqual(got, []string{"A=mine"}) {
 		t.Errorf("exact: %q", got)
+	}
+}
+
+func TestLookUpWithoutFiles(t *testing.T) {
+	nothing := t.TempDir()
+	for spec, want := range map[string]*Account{
+		"root": {"root", 0, 0, []uint32{}, "/root", "/bin/sh"},
+		"0:0":  {"0", 0, 0, []uint32{}, "/root", "/bin/sh"},
+		"7:8":  {"7", 7, 8, []uint32{}, "/", "/bin/sh"},
+		"app":  nil, "7:staff": nil,
+	} {
+		got, err := LookUp(spec, nothing)
+		if want == nil {
+			if err == nil {
+				t.Errorf("%q: found %+v", spec, got)
+			}
+		} else if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%q: %+v, %v, want %+v", spec, got, err, want)
+		}
+	}
+}
+
+func TestOddFilesAreNotWaitedFor(t *testing.T) {
+	directory := t.TempDir()
+	for _, name := range []string{"passwd", "environment"} {
+		if err := syscall.Mkfifo(filepath.Join(directory, name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if account, err := LookUp("root", directory); err != nil || account.UID != 0 {
+		t.Errorf("%+v %v", account, err)
+	}
+	if values := etcEnvironment(directory + "/environment"); len(values) != 0 {
+		t.Errorf("%v", values)
 	}
 }

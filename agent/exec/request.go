@@ -2,7 +2,7 @@ package exec
 
 import (
 	"encoding/base64"
-	"os"
+	"io"
 	"strings"
 
 	"banger/agent/stream"
@@ -119,6 +119,9 @@ func fromBase64(text string) (string, error) {
 	return string(value), nil
 }
 
+// ImageEnvironment is what the image says its processes get.
+var ImageEnvironment map[string]string
+
 // environment returns NAME=VALUE strings for a process of the account.
 func environment(request *Request, account *Account, etc string) []string {
 	values := map[string]string{}
@@ -131,6 +134,11 @@ func environment(request *Request, account *Account, etc string) []string {
 		values["LANG"] = "C.UTF-8"
 		for name, value := range etcEnvironment(etc + "/environment") {
 			values[name] = value
+		}
+		for name, value := range ImageEnvironment {
+			if name != "" && !strings.ContainsAny(name, "=\x00") && strings.IndexByte(value, 0) < 0 {
+				values[name] = value
+			}
 		}
 		if request.TTY != nil {
 			values["TERM"] = request.TTY.Term
@@ -149,11 +157,27 @@ func environment(request *Request, account *Account, etc string) []string {
 	return list
 }
 
+// SearchPath returns the PATH that a process of the account gets when nothing else is asked for.
+func SearchPath(account *Account) string {
+	for _, entry := range environment(&Request{}, account, Etc) {
+		if strings.HasPrefix(entry, "PATH=") {
+			return entry[len("PATH="):]
+		}
+	}
+	return defaultPath
+}
+
 // etcEnvironment reads NAME=VALUE lines as pam_env does: comments, `export `, quotes around the value.
 func etcEnvironment(path string) map[string]string {
 	values := map[string]string{}
-	raw, err := os.ReadFile(path)
-	if err != nil || len(raw) > 1<<20 {
+	file := openPlain(path)
+	if file == nil {
+		return values
+	}
+	defer file.Close()
+	const limit = 1 << 20
+	raw, err := io.ReadAll(io.LimitReader(file, limit+1))
+	if err != nil || len(raw) > limit {
 		return values
 	}
 	for _, line := range strings.Split(string(raw), "\n") {

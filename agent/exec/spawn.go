@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"banger/agent/stream"
@@ -120,6 +121,28 @@ func spawn(request *Request, account *Account, env []string, cwd string, files [
 		}
 	}
 	return nil, failure
+}
+
+// Run runs a program of ours as root to its end, in a session of its own, its output going to a file.
+func Run(argv, environment []string, output *os.File, limit time.Duration) error {
+	null, err := os.OpenFile("/dev/null", os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	process, err := startOnce(argv[0], argv, &os.ProcAttr{
+		Dir: "/", Env: environment, Files: []*os.File{null, output, output}, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return err
+	}
+	timer := time.AfterFunc(limit, func() { KillSession(process.Pid) })
+	defer timer.Stop()
+	state, err := process.Wait()
+	if err == nil && !state.Success() {
+		err = fmt.Errorf("it ended with %s", state)
+	}
+	return err
 }
 
 func startOnce(path string, argv []string, attributes *os.ProcAttr) (*os.Process, error) {

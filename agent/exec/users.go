@@ -5,6 +5,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"banger/agent/stream"
 )
@@ -63,10 +64,13 @@ func LookUp(spec, etc string) (*Account, error) {
 			if group == "" && number != 0 {
 				account.GID = 0 // as container runtimes do for a uid that nobody has
 			}
+			if number == 0 {
+				account.Home = "/root"
+			}
 		case user == "root":
 			account.Home = "/root" // an image without /etc/passwd
 		default:
-			return nil, stream.Failed("no_user", "the guest has no user %q", user)
+			return nil, stream.Failed("no_user", "the guest has no user %q in /etc/passwd (a number needs no entry)", user)
 		}
 	}
 	account.Groups = []uint32{}
@@ -94,17 +98,31 @@ func LookUp(spec, etc string) (*Account, error) {
 	})
 	if !groupFound {
 		if groupErr != nil {
-			return nil, stream.Failed("no_user", "the guest has no group %q", group)
+			return nil, stream.Failed("no_user", "the guest has no group %q in /etc/group (a number needs no entry)", group)
 		}
 		account.GID = uint32(groupNumber)
 	}
 	return account, nil
 }
 
+// openPlain opens a regular file; nil for anything else, such as a FIFO on which an open would wait for ever.
+func openPlain(path string) *os.File {
+	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	file := os.NewFile(uintptr(fd), path)
+	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
+		file.Close()
+		return nil
+	}
+	return file
+}
+
 // eachLine calls line with the colon-separated fields of each line until it returns false.
 func eachLine(path string, line func([]string) bool) {
-	file, err := os.Open(path)
-	if err != nil {
+	file := openPlain(path)
+	if file == nil {
 		return
 	}
 	defer file.Close()

@@ -186,13 +186,31 @@ func end(reboot, force bool) {
 		for _, directory := range []string{"/sbin", "/usr/sbin", "/bin", "/usr/bin"} {
 			path := directory + "/" + program
 			if _, err := os.Stat(path); err == nil {
-				if exec.Command(path).Run() == nil {
-					time.Sleep(30 * time.Second)
-				}
+				runReboot(path)
 				break
 			}
 		}
 		EndAll(reboot)
+	}
+}
+
+// runReboot runs the image's own program and gives it its time.
+func runReboot(path string) {
+	const patience = 30 * time.Second
+	// Debian's sysv scripts wait five seconds for every process but those named here; the agent outlives SIGTERM.
+	if os.MkdirAll("/run/sendsigs.omit.d", 0o755) == nil {
+		_ = os.WriteFile("/run/sendsigs.omit.d/banger-agent", []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644)
+	}
+	comm, _ := os.ReadFile("/proc/1/comm")
+	if strings.TrimSpace(string(comm)) != "runit" {
+		if exec.Command(path).Run() == nil {
+			time.Sleep(patience)
+		}
+		return
+	}
+	// Its first stage forgets what it is asked, so it is asked again; once it goes down it does not listen.
+	for deadline := time.Now().Add(2 * patience); time.Now().Before(deadline); time.Sleep(2 * time.Second) {
+		_ = exec.Command(path).Run()
 	}
 }
 
@@ -231,7 +249,7 @@ func takes(number syscall.Signal) bool {
 
 // initName guesses what PID 1 is.
 func initName() string {
-	if OwnInit {
+	if OwnInit || pidOneIsOurs() {
 		return "agent"
 	}
 	path, _ := os.Readlink("/proc/1/exe")
@@ -247,6 +265,19 @@ func initName() string {
 	}
 	return base
 }
+
+// pidOneIsOurs tells whether PID 1 runs this very binary: an init that would not start, or has not yet.
+func pidOneIsOurs() bool {
+	one, err := os.Stat("/proc/1/exe")
+	if err != nil {
+		return false
+	}
+	self, err := os.Stat("/proc/self/exe")
+	return err == nil && os.SameFile(one, self)
+}
+
+// HasOwnInit tells whether PID 1 is the agent's: nothing of the image is started by it.
+func HasOwnInit() bool { return OwnInit || pidOneIsOurs() }
 
 // EndAll ends every other process, politely first, then the machine.
 func EndAll(reboot bool) {

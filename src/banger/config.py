@@ -10,6 +10,7 @@ import ipaddress
 import os
 import re
 import tomllib
+from collections.abc import Callable
 
 import msgspec
 
@@ -28,6 +29,23 @@ class VmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: str | int | None = None
     disk_size: str | int | None = None
     boot_timeout_s: float | None = None
+
+
+class RegistriesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How images of registries are had."""
+
+    mirrors: dict[str, list[str]] = {}
+    insecure: list[str] = []
+    max_parallel_downloads: int = 4
+
+
+class ImportLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one image may ask of this host; see `images.layers.Limits`."""
+
+    max_entries: int = 1_000_000
+    max_size: str | int = "64GiB"
+    max_depth: int = 256
+    max_expansion: int = 200
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +75,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bridge_nat: bool = True
     bridge_isolation: bool = True
     dns_listen_addr: str = "127.0.0.1:15353"
+    blob_cache_size: str | int = "10GiB"
+    registries: RegistriesConfig = RegistriesConfig()
+    import_limits: ImportLimits = ImportLimits()
+    catalogs: list[str] = []
     vm: VmConfig = VmConfig()
 
 
@@ -90,6 +112,10 @@ def parse_config(text: bytes, path: str) -> Config:
     _check_keys(raw, Config, path, "")
     if isinstance(raw.get("vm"), dict):
         _check_keys(raw["vm"], VmConfig, path, "vm.")
+    if isinstance(raw.get("import_limits"), dict):
+        _check_keys(raw["import_limits"], ImportLimits, path, "import_limits.")
+    if isinstance(raw.get("registries"), dict):
+        _check_keys(raw["registries"], RegistriesConfig, path, "registries.")
     try:
         config = msgspec.convert(raw, Config)
     except msgspec.ValidationError as error:
@@ -150,12 +176,69 @@ def _check_values(config: Config, path: str) -> None:
         refuse("vm.boot_timeout_s", "1 to 3600 seconds")
     if config.vm.vcpu is not None and config.vm.vcpu < 1:
         refuse("vm.vcpu", "at least 1")
+    try:
+        if size_of(config.blob_cache_size) < 0:
+            refuse("blob_cache_size", "a size; 0 keeps nothing between pulls")
+    except InvalidInput as error:
+        refuse("blob_cache_size", error.message)
+    _check_registries(config.registries, refuse)
+    limits = config.import_limits
+    for key in ("max_entries", "max_depth", "max_expansion"):
+        if getattr(limits, key) < 1:
+            refuse(f"import_limits.{key}", "at least 1")
+    if limits.max_depth > 256:
+        refuse("import_limits.max_depth", "at most 256")
+    try:
+        if size_of(limits.max_size) < 1:
+            refuse("import_limits.max_size", "a size above 0")
+    except InvalidInput as error:
+        refuse("import_limits.max_size", error.message)
+    for location in config.catalogs:
+        if why := _why_no_catalog(location):
+            refuse("catalogs", f"{location!r} {why}")
     for key, value in (("vm.memory", config.vm.memory), ("vm.disk_size", config.vm.disk_size)):
         try:
             if value is not None and size_of(value) < 1:
                 refuse(key, "a size above 0")
         except InvalidInput as error:
             refuse(key, error.message)
+
+
+def _check_registries(registries: RegistriesConfig, refuse: Callable[[str, str], None]) -> None:
+    host = r"(?:[a-zA-Z0-9.-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?"
+    if not 1 <= registries.max_parallel_downloads <= 32:
+        refuse("registries.max_parallel_downloads", "1 to 32")
+    for name in (*registries.insecure, *registries.mirrors):
+        if not re.fullmatch(host, name):
+            refuse("registries", f"{name!r} is not HOST or HOST:PORT")
+    for mirror in [url for urls in registries.mirrors.values() for url in urls]:
+        found = re.fullmatch(rf"(https?)://({host})(?:/[a-z0-9._/-]*)?", mirror)
+        if found is None:
+            refuse("registries.mirrors", f"{mirror!r} is not https://HOST or https://HOST/PREFIX")
+        elif found[1] == "http" and not _may_be_plain(found[2], registries.insecure):
+            refuse("registries.mirrors", f"{mirror!r}: http needs its host in registries.insecure")
+
+
+def _may_be_plain(host: str, insecure: list[str]) -> bool:
+    name = re.sub(r":[0-9]+\Z", "", host)
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return name == "localhost" or host in insecure or name in insecure
+
+
+def _why_no_catalog(location: str) -> str:
+    """Return what is wrong with the place of a catalog; empty when nothing is."""
+    if not location.isprintable() or " " in location.partition("://")[1]:
+        return "is not a path or a URL"
+    if location.startswith(("/", "~/", "file:///")):
+        return ""
+    found = re.match(r"(https?)://(\[[0-9a-f:.]+\]|[^/:@]+)(?::[0-9]+)?/", location)
+    if found is None:
+        return "is not an absolute path, an https or a file URL"
+    if found[1] == "http" and not _may_be_plain(found[2], []):
+        return "is plain http, which tells nobody who answers: https, or this host"
+    return ""
 
 
 def _is_loopback_address(text: str) -> bool:

@@ -363,6 +363,16 @@ def test_forward_waits_for_a_listener_and_says_when_there_is_none(endpoint: Endp
         assert agent.probe_port(endpoint, port, wait_s=5)
 
 
+def test_shell_is_one_that_runs(endpoint: Endpoint) -> None:
+    found = agent.find_shell(endpoint)
+    assert found.argv is not None
+    assert found.sshd in ("up", "coming", "none")
+    status, out, _ = run(endpoint, *found.argv, b"-c", b"echo $0")
+    assert (0, found.argv[0] + b"\n") == (status.exit_code, out)
+    with pytest.raises(InvalidInput, match="no user"):
+        agent.find_shell(endpoint, user="nobody-of-that-name")
+
+
 def test_ports_stats_time_sync_shutdown(endpoint: Endpoint) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

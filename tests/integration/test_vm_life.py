@@ -137,6 +137,24 @@ async def test_an_absent_image_is_pulled_once_for_two_vms_at_once(parts: Parts) 
     assert parts.image_source.pulled == ["from-catalog"]
 
 
+async def test_an_image_names_its_kernel_and_an_imported_one_gets_an_sshd(parts: Parts) -> None:
+    parts.image_source.said["tiny"] = {"kernel": "from-catalog", "platform": "linux/amd64"}
+    named = await parts.vms.create({"name": "named"}, SINK)
+    asked = await parts.vms.create({"name": "asked", "kernel": "tiny", "with_sshd": False}, SINK)
+    parts.image_source.said.clear()
+    plain = await parts.vms.create({"name": "plain"}, SINK)
+    assert (named["kernel"], named["with_sshd"]) == ("from-catalog", True)
+    assert parts.kernel_source.pulled == ["from-catalog"]
+    assert (asked["kernel"], asked["with_sshd"]) == ("tiny", False)
+    assert (plain["kernel"], plain["with_sshd"]) == ("tiny", False)
+
+
+async def test_an_image_that_is_pulled_first_names_its_kernel_too(parts: Parts) -> None:
+    parts.image_source.said["from-catalog"] = {"kernel": "from-catalog"}
+    vm = await parts.vms.create({"image": "from-catalog"}, SINK)
+    assert vm["kernel"] == "from-catalog"
+
+
 async def test_a_taken_name_is_refused(parts: Parts) -> None:
     await parts.vms.create({"name": "box"}, SINK)
     with pytest.raises(Conflict, match="box exists"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from banger.errors import NotFound
@@ -35,6 +36,7 @@ class StubSource:
     def __init__(self, kind: str, installed: list[str]) -> None:
         self.kind = kind
         self.pulled: list[str] = []
+        self.said: dict[str, Wire] = {}  # more of the shape, by name
         self._installed = installed
 
     def catalog(self) -> list[str]:
@@ -44,7 +46,7 @@ class StubSource:
         return sorted(self._installed)
 
     def wire(self, name: str) -> Wire:
-        return {"name": name, "installed": name in self._installed}
+        return {"name": name, "installed": name in self._installed, **self.said.get(name, {})}
 
     async def pull(self, name: str, sink: EventSink, *, force: bool) -> None:
         sink.stage(f"pull {name}")
@@ -69,6 +71,7 @@ class PlainBoot(BootFiles):
         *,
         guest_network: GuestNetwork | None,
         drives_by_serial: bool,
+        environment: Mapping[str, str],
     ) -> VmSpec:
         present = vm_files.directory / "present"
         present.write_bytes(b"")

@@ -7,9 +7,17 @@ import re
 import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from banger.config import Config, VmConfig, config_path, load_config, parse_config, size_of
+from banger.config import (
+    Config,
+    VmConfig,
+    config_path,
+    load_config,
+    parse_config,
+    size_of,
+)
 from banger.errors import InvalidInput
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
@@ -25,15 +33,17 @@ def _documented() -> dict[str, str]:
 
 
 def _in_code() -> dict[str, str]:
-    config, vm = Config(), VmConfig()
-    keys = {
-        name: f"`{json.dumps(getattr(config, name))}`"
-        for name in Config.__struct_fields__
-        if name != "vm"
-    }
-    sizes = {f"vm.{name}": getattr(vm, name) for name in VmConfig.__struct_fields__}
-    assert set(sizes.values()) == {None}
-    return keys | dict.fromkeys(sizes, "from the host")
+    keys: dict[str, str] = {}
+    for name in Config.__struct_fields__:
+        value = getattr(Config(), name)
+        if isinstance(value, VmConfig):
+            keys |= dict.fromkeys((f"vm.{one}" for one in value.__struct_fields__), "from the host")
+        elif isinstance(value, msgspec.Struct):
+            parts = {one: getattr(value, one) for one in value.__struct_fields__}
+            keys |= {f"{name}.{one}": f"`{json.dumps(part)}`" for one, part in parts.items()}
+        else:
+            keys[name] = f"`{json.dumps(value)}`"
+    return keys
 
 
 def test_page_has_every_key_with_its_default() -> None:
@@ -69,6 +79,23 @@ def test_directory_in_its_place_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "location",
+    [
+        "/srv/images.toml",
+        "~/images.toml",
+        "file:///srv/images.toml",
+        "https://h.example:8443/a/images.toml",
+        "http://127.0.0.1:8000/images.toml",
+        "http://localhost/images.toml",
+        "http://[::1]:8000/images.toml",
+    ],
+)
+def test_places_of_catalogs(location: str) -> None:
+    text = f"catalogs = [{json.dumps(location)}]"
+    assert parse_config(text.encode(), "c").catalogs == [location]
+
+
+@pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
         ("defualt_image_name = 1", "unknown key defualt_image_name", "default_image_name"),
@@ -99,6 +126,19 @@ def test_directory_in_its_place_is_named(tmp_path: Path) -> None:
         ("[vm]\nvcpu = 0", r"vm\.vcpu", ""),
         ('[vm]\nmemory = "much"', r"vm\.memory", ""),
         ("[vm]\ndisk_size = -1", r"vm\.disk_size", ""),
+        ("blob_cache_size = -1", "blob_cache_size", ""),
+        ('blob_cache_size = "much"', "blob_cache_size", ""),
+        ('catalogs = ["images.toml"]', "'images.toml' is not an absolute path", ""),
+        ('catalogs = ["ftp://h/images.toml"]', "is not an absolute path, an https", ""),
+        ('catalogs = ["http://h.example/images.toml"]', "is plain http", ""),
+        ('catalogs = ["https://h.example"]', "is not an absolute path, an https", ""),
+        ('catalogs = "/srv/images.toml"', r"Expected `array`.*\$\.catalogs", ""),
+        ("[registries]\nmirors = {}", r"unknown key registries\.mirors", "registries.mirrors"),
+        ("[registries]\nmax_parallel_downloads = 0", "max_parallel_downloads: 1 to 32", ""),
+        ('[registries]\ninsecure = ["http://x"]', "'http://x' is not HOST", ""),
+        ('[registries]\nmirrors = { "a/b" = [] }', "'a/b' is not HOST", ""),
+        ('[registries]\nmirrors = { x = ["m.example"] }', "'m.example' is not https://", ""),
+        ('[registries]\nmirrors = { x = ["http://m.example"] }', "http needs its host", ""),
     ],
 )
 def test_wrong_file_is_refused_by_name(text: str, message: str, hint: str) -> None:
@@ -107,6 +147,15 @@ def test_wrong_file_is_refused_by_name(text: str, message: str, hint: str) -> No
     assert caught.value.message.startswith("/etc/c.toml")
     assert hint in caught.value.hint
     assert "\n" not in caught.value.message
+
+
+def test_mirror_over_http_is_taken_on_loopback_and_where_it_is_allowed() -> None:
+    text = """
+    [registries]
+    insecure = ["lan.example"]
+    mirrors = { x = ["http://127.0.0.1:5000", "http://[::1]", "http://lan.example:80/hub"] }
+    """
+    assert len(parse_config(text.encode(), "x").registries.mirrors["x"]) == 3
 
 
 def test_bytes_that_are_not_utf8_are_refused() -> None:

@@ -73,7 +73,7 @@ def parse_command(command: str) -> None:
         return
     found = parse(noun, verb, builder, rest, guest)
     image, kernel = getattr(found, "image", None), getattr(found, "kernel", None)
-    assert image is None or image in catalog_images()
+    assert image is None or image in {*catalog_images(), "app"}  # `app`: what a reader imported
     assert kernel is None or kernel in catalog_kernels()
     for name in getattr(found, "names", None) or []:
         if verb == "pull" and name.islower():

@@ -9,7 +9,8 @@ import pytest
 
 from banger.errors import InvalidInput, NotFound
 from banger.events import EventSink, NullSink
-from banger.services.operations import Operation, OperationManager, SharedSteps, together
+from banger.host.tasks import together
+from banger.services.operations import Operation, OperationManager, SharedSteps
 
 
 async def _events(operation: Operation) -> list[dict[str, Any]]:

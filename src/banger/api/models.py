@@ -7,7 +7,7 @@ ends the name, times are RFC 3339 in UTC.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, Required, TypedDict
 
 VmState = Literal["creating", "stopped", "starting", "running", "stopping", "deleting"]
 Accel = Literal["kvm", "tcg"]
@@ -64,7 +64,11 @@ class HostInfo(TypedDict):
 
 
 class Image(TypedDict):
-    """An image: installed (`installed` true) or only in the catalog."""
+    """An image: installed (`installed` true) or only in the catalog.
+
+    `user`, `env`, `entrypoint`, `command` and `working_dir` are what an imported image says of
+    itself; `kernel` is what a VM of it gets when none is asked for (empty: the default one).
+    """
 
     name: str
     installed: bool
@@ -75,10 +79,89 @@ class Image(TypedDict):
     created_at: str
     description: str
     used_by: list[str]
+    platform: str
+    kernel: str
+    user: str
+    env: dict[str, str]
+    entrypoint: list[str]
+    command: list[str]
+    working_dir: str
+
+
+class ImageRegister(TypedDict, total=False):
+    """Make an image of the ext4 in a file of this host; all paths are absolute.
+
+    `link` leaves the file where it is, never to be changed. `kernel_ref` names the kernel of its
+    VMs; `kernel` and `modules` make one of files, called as the image. An `initrd` is not used.
+    """
+
+    name: Required[str]
+    rootfs: Required[str]
+    link: bool
+    kernel_ref: str
+    kernel: str
+    initrd: str
+    modules: str
+    description: str
+    force: bool
+
+
+class ImageExport(TypedDict, total=False):
+    """Write an image to the file `path` (absolute) as a bundle; `force` replaces one there."""
+
+    path: Required[str]
+    force: bool
+
+
+class ImageExported(TypedDict):
+    """A bundle that was written; `sha256` is hexadecimal, of the whole file."""
+
+    name: str
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class ImageDelete(TypedDict, total=False):
+    """Delete an image; with `force` although VMs that do not run are made of it."""
+
+    force: bool
+
+
+class ImageDeleted(TypedDict):
+    """An image is gone; `stranded` are VMs that cannot start until the same one is back."""
+
+    ok: bool
+    stranded: list[str]
+
+
+class CatalogEntry(TypedDict):
+    """An image that can be pulled by name; `kind` is debian, oci or bundle.
+
+    `pinned` tells whether a digest says what comes; `catalog` is `built-in`, a path or a URL.
+    """
+
+    name: str
+    kind: str
+    description: str
+    source: str
+    pinned: bool
+    kernel: str
+    catalog: str
+
+
+class Catalog(TypedDict):
+    """What can be pulled by name, and what is wrong with the catalogs of the configuration."""
+
+    entries: list[CatalogEntry]
+    warnings: list[str]
 
 
 class Kernel(TypedDict):
-    """A kernel: installed (`installed` true) or only in the catalog."""
+    """A kernel: installed (`installed` true) or only in the catalog.
+
+    `used_by` are VMs, `used_by_images` the images whose VMs get it when none is asked for.
+    """
 
     name: str
     installed: bool
@@ -90,6 +173,90 @@ class Kernel(TypedDict):
     created_at: str
     description: str
     used_by: list[str]
+    used_by_images: list[str]
+
+
+class KernelImport(TypedDict, total=False):
+    """Make a kernel of files on this host; paths are absolute.
+
+    What is not named is looked for in `directory`. `force` takes a kernel that lacks what a
+    machine needs, and replaces an installed one.
+    """
+
+    directory: Required[str]
+    kernel: str
+    modules: str
+    config: str
+    force: bool
+
+
+class KernelFeature(TypedDict):
+    """A CONFIG_ option, what it is for, and whether a kernel has it.
+
+    `group` is machine, vmm or docker. A module counts only when its file is there; `note` says
+    when it should be and is not.
+    """
+
+    option: str
+    group: str
+    need: Literal["required", "recommended"]
+    state: Literal["built in", "module", "missing"]
+    why: str
+    note: str
+
+
+class KernelCheck(TypedDict):
+    """A kernel held against what machines and Docker need; `ok`: nothing required is missing."""
+
+    name: str
+    release: str
+    ok: bool
+    config_known: bool
+    features: list[KernelFeature]
+
+
+class KernelConfig(TypedDict):
+    """A kernel's build configuration, empty when nobody knew it."""
+
+    name: str
+    config: str
+
+
+class ImagePull(TypedDict, total=False):
+    """Make an image of `source`: a catalog's name, a registry's reference, a file.
+
+    `name` is what it is called here (default: from the source). `size_bytes` is the size of its
+    file system (default: what fits). `force` replaces an installed one.
+    """
+
+    source: Required[str]
+    name: str
+    kernel: str
+    platform: str
+    size_bytes: int
+    force: bool
+
+
+class Blob(TypedDict):
+    """A downloaded layer or manifest that is kept for the next pull; `partial`: not all of it."""
+
+    digest: str
+    size_bytes: int
+    used_at: str
+    partial: bool
+    in_use: bool
+
+
+class BlobPrune(TypedDict, total=False):
+    """Remove downloads that did not end and what is over the limit; `all`: every one not in use."""
+
+    all: bool
+
+
+class BlobsPruned(TypedDict):
+    """What a prune of the blob cache freed."""
+
+    freed_bytes: int
 
 
 class PullRequest(TypedDict, total=False):
@@ -103,7 +270,8 @@ class VmCreate(TypedDict, total=False):
 
     `publish` holds `[HOST_IP:]PORT:GUEST_PORT`; `nat` and `isolated` matter on the bridge.
     `start` boots it and waits for its agent. `owner_pid` makes it ephemeral: it is deleted
-    when that process (of the same user) is gone.
+    when that process (of the same user) is gone. `kernel` defaults to what the image names;
+    `with_sshd` (an sshd is installed when the guest has none) to true for imported images.
     """
 
     name: str
@@ -117,6 +285,7 @@ class VmCreate(TypedDict, total=False):
     nat: bool
     isolated: bool
     publish: list[str]
+    with_sshd: bool
     start: bool
     owner_pid: int
 
@@ -159,6 +328,7 @@ class Vm(TypedDict):
     publish: list[str]
     address: str | None
     dns_name: str | None
+    with_sshd: bool
     ephemeral: bool
     pid: int | None
     created_at: str

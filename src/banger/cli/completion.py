@@ -114,6 +114,8 @@ def _of_verb(noun: str, verb: str, rest: list[str], typed: str) -> list[str]:
     parser = make_parser(noun, verb, load(noun, verb).VERBS[verb or noun][0])
     options = parser.value_options()
     if rest and options.get(rest[-1], False):
+        if (noun, verb) in (("kernel", "import"), ("image", "register")):
+            return [_FILES]
         return _matching(_values(rest[-1]), typed) or [_FILES]
     if typed.startswith("-"):
         return _matching(_shown_options(parser), typed)
@@ -125,8 +127,12 @@ def _of_verb(noun: str, verb: str, rest: list[str], typed: str) -> list[str]:
         if "/" in typed or typed.startswith("."):
             return [_FILES]
         return _matching([f"{name}:" for name in _names("vm")], typed) or [_FILES]
+    if (noun, verb) == ("image", "catalog"):
+        return _matching(["list", "check"], typed) if not rest else [_FILES]
+    if (noun, verb) == ("image", "register"):
+        return []
     taken = [word for word in rest if not word.startswith("-")]
-    if noun in ("vm", "image", "kernel") and verb not in ("list", "create", "prune"):
+    if noun in ("vm", "image", "kernel") and verb not in ("list", "create", "prune", "import"):
         return _matching([name for name in _names(noun) if name not in taken], typed)
     return []
 

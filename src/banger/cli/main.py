@@ -218,14 +218,18 @@ def _guest_owns_stdout(words: list[str]) -> bool:
     plain = [word for word in words if not word.startswith("-")]
     if plain and plain[0] in SHORTCUTS:
         return SHORTCUTS[plain[0]] in STDOUT_IS_THE_GUESTS or (
-            plain[0] == "run" and "--" in sys.argv
+            plain[0] == "run" and _runs_a_command()
         )
     if len(plain) < 2:
         return False
     verb = NOUNS[plain[0]].aliases.get(plain[1], plain[1]) if plain[0] in NOUNS else plain[1]
     return (plain[0], verb) in STDOUT_IS_THE_GUESTS or (
-        (plain[0], verb) == ("vm", "run") and "--" in sys.argv
+        (plain[0], verb) == ("vm", "run") and _runs_a_command()
     )
+
+
+def _runs_a_command() -> bool:
+    return "--" in sys.argv or "--entrypoint" in sys.argv
 
 
 def _unexpected(error: Exception) -> BangerError:

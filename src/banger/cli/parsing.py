@@ -157,6 +157,12 @@ def add_creation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory", metavar="SIZE", help="memory, such as 4G or 512M")
     group.add_argument("--disk-size", metavar="SIZE", help="its own disk, such as 20G")
     group.add_argument("--vmm", help="auto, qemu or firecracker")
+    group.add_argument(
+        "--with-sshd",
+        action=argparse.BooleanOptionalAction,
+        help="install an sshd, in the background, in a guest without one "
+        "(default: for imported images)",
+    )
     add_network(parser)
 
 
@@ -182,7 +188,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 
 NETWORK_FIELDS = ("network", "nat", "isolated", "publish")
 CREATION_FIELDS = (
-    *("name", "image", "kernel", "vcpu", "memory", "disk_size", "vmm"),
+    *("name", "image", "kernel", "vcpu", "memory", "disk_size", "vmm", "with_sshd"),
     *NETWORK_FIELDS,
 )
 

@@ -103,7 +103,7 @@ def make_request(
         env=parse_environment(args.env),
         cwd=None if cwd is None else os.fsencode(cwd),
         user=args.user or "root",
-        tty=_terminal() if args.tty else None,
+        tty=terminal() if args.tty else None,
         stdin="pipe" if passes_stdin and not args.detach else "null",
         timeout_s=timeout_s,
         detach=args.detach,
@@ -124,7 +124,8 @@ def parse_environment(pairs: list[str]) -> dict[bytes, bytes]:
     return found
 
 
-def _terminal() -> tuple[int, int, str]:
+def terminal() -> tuple[int, int, str]:
+    """Return rows, columns and kind of our terminal; the usual ones where there is none."""
     for fd in (0, 1, 2):
         try:
             columns, rows = os.get_terminal_size(fd)

@@ -20,10 +20,17 @@ from banger.cli.parsing import (
     add_quiet,
 )
 from banger.cli.progress import Progress, follow
-from banger.errors import BangerError, Conflict, InvalidInput, NotFound, UsageError
+from banger.errors import (
+    BangerError,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    Unavailable,
+    UsageError,
+)
 
 if TYPE_CHECKING:
-    from banger.api.models import Vm, VmConnection, VmCreate
+    from banger.api.models import Image, Vm, VmConnection, VmCreate
     from banger.guest.agent import ExecRequest
     from banger.services.workspaces import Workspace
 
@@ -36,7 +43,8 @@ def build_run(parser: Parser) -> None:
     parser.description = (
         "Make a VM and enter it. With PATH, the git repository there is copied to\n"
         "/root/<its name> first (tracked files, and untracked ones that are not ignored).\n"
-        "With a command, run that instead of a shell and exit with its status.\n"
+        "With a command, run that instead of a shell and exit with its status; with\n"
+        "--entrypoint, what the image says it is for.\n"
         "The VM stays until you delete it, unless --rm is given."
     )
     parser.takes_command = True
@@ -44,6 +52,13 @@ def build_run(parser: Parser) -> None:
     add_creation(parser)
     group = parser.add_argument_group("what happens to it")
     group.add_argument("--rm", action="store_true", help="delete the VM when this command ends")
+    # A flag: the image's own words run, and what follows `--` takes the place of its command.
+    group.add_argument(
+        "--entrypoint",
+        action="store_true",
+        help="run the image's entrypoint and command as its user, in its directory; "
+        "-- ARGS in place of the command",
+    )
     group.add_argument("--branch", metavar="NAME", help="begin this new branch in the copy")
     group.add_argument("--from", dest="from_ref", metavar="REF", help="where --branch begins")
     add_execution(parser)
@@ -61,6 +76,7 @@ def build_run(parser: Parser) -> None:
         ("banger vm run --name box", "make `box`, or enter it again"),
         ("banger vm run -d --name web ./site -- ./serve", "start it and return"),
         ("banger vm run --wait ./repo -- docker compose up", "once the guest's Docker is there"),
+        ("banger vm run --image app --entrypoint", "what an imported image is for"),
     )
 
 
@@ -75,14 +91,12 @@ def run_run(context: Context, args: argparse.Namespace) -> int:
     workspace = _open_workspace(args)
     directory = None if workspace is None else workspace.guest_directory
     execution = None
-    if args.command is not None:
+    if args.entrypoint:
+        _check_entrypoint(context, args)
+    elif args.command is not None:
         from banger.cli.vm_exec import make_request
 
         execution = make_request(args, args.command, directory=directory)
-    elif not args.json and not args.detach:
-        from banger.cli.vm_ssh import find_ssh
-
-        find_ssh(args.name or "NAME")  # before the work, not behind it
 
     with Progress(quiet=args.quiet, json_lines=args.json) as progress:
         vm = _create(context, request, progress)
@@ -92,6 +106,10 @@ def run_run(context: Context, args: argparse.Namespace) -> int:
                 connection = context.client.connect_vm(vm["name"])
                 if workspace is not None:
                     _copy(connection, workspace, args, progress)
+                if args.entrypoint:
+                    execution = _entrypoint(args, context.client.get_image(vm["image"]))
+                    if not args.cwd:
+                        _make_directory(connection, execution.cwd)
             return _finish(
                 context,
                 connection,
@@ -114,7 +132,7 @@ def _check_combination(args: argparse.Namespace) -> None:
             "--rm deletes the VM when this command ends, and -d ends it at once",
             hint="leave one of them out",
         )
-    if args.command is None:
+    if args.command is None and not args.entrypoint:
         given = [
             name
             for name in ("cwd", "user", "timeout", "tty", "interactive", "wait")
@@ -131,8 +149,11 @@ def _check_combination(args: argparse.Namespace) -> None:
 def _may_enter_again(args: argparse.Namespace) -> bool:
     creation = [field for field in CREATION_FIELDS if field != "name"]
     given = [field for field in creation if getattr(args, field) is not None]
-    asks_more = args.path or args.command is not None or args.rm or args.detach or args.json
-    return bool(args.name) and not given and not asks_more
+    asks_more = (
+        *(args.path, args.command is not None, args.entrypoint),
+        *(args.rm, args.detach, args.json),
+    )
+    return bool(args.name) and not given and not any(asks_more)
 
 
 def _existing(context: Context, name: str) -> Vm | None:
@@ -165,6 +186,9 @@ def _creation(args: argparse.Namespace) -> VmCreate:
     request["start"] = True
     if args.rm:
         request["owner_pid"] = os.getpid()
+        if args.command is not None or args.entrypoint:
+            # Nobody will enter it: no work for a moment's machine.
+            request.setdefault("with_sshd", False)
     return request
 
 
@@ -225,6 +249,47 @@ def _tell_emulation(context: Context, vm: Vm, progress: Progress) -> None:
         os.close(os.open(marker, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
 
+# -- what the image is for
+
+
+def _check_entrypoint(context: Context, args: argparse.Namespace) -> None:
+    """Tell at once, before a VM is made, that an image which is here has nothing to run."""
+    from banger.cli.vm_exec import make_request
+
+    make_request(args, [""])  # a bad value is told at once too
+    if args.image is None:
+        return
+    try:
+        image = context.client.get_image(args.image)
+    except (NotFound, InvalidInput):
+        return  # creation pulls it, or says why not
+    if image["installed"]:
+        _entrypoint(args, image)
+
+
+def _entrypoint(args: argparse.Namespace, image: Image) -> ExecRequest:
+    """Return what `docker run IMAGE [ARGS]` would run, and as whom and where."""
+    from banger.cli.vm_exec import make_request
+
+    words = image["entrypoint"] + (image["command"] if args.command is None else args.command)
+    if not words:
+        raise InvalidInput(
+            f"the image {image['name']} names neither an entrypoint nor a command",
+            hint=f"say what to run: banger vm run --image {image['name']} -- COMMAND",
+        )
+    request = make_request(args, words, directory=image["working_dir"] or "/")
+    return request if args.user else request._replace(user=image["user"] or "root")
+
+
+def _make_directory(connection: VmConnection, path: bytes | None) -> None:
+    """Make a directory of the guest when it is absent: an image may name one that it lacks."""
+    from banger.guest import agent
+
+    endpoint = endpoint_of(connection)
+    if path and agent.stat_path(endpoint, path) is None:
+        agent.put_tar(endpoint, path, [bytes(1024)])  # a tar of nothing
+
+
 # -- the repository
 
 
@@ -246,6 +311,8 @@ def _copy(
     from banger.services import workspaces
 
     endpoint = endpoint_of(connection)
+    if args.branch:
+        _need_git(connection)
     progress.stage(f"copy {workspace.name} to {workspace.guest_directory}")
     agent.put_tar(
         endpoint,
@@ -262,6 +329,17 @@ def _copy(
                 f"--branch {args.branch}: git says: {lines[-1] if lines else 'nothing'}",
                 hint="commit or stash what conflicts, or leave --from out",
             )
+
+
+def _need_git(connection: VmConnection) -> None:
+    from banger.guest import agent
+
+    status, _, _ = agent.capture_exec(endpoint_of(connection), [b"git", b"--version"], timeout_s=60)
+    if status.exit_code != 0:
+        raise Unavailable(
+            f"--branch needs git in the guest, and {connection['vm']['image']} has none",
+            hint="leave --branch out, or take an image with git",
+        )
 
 
 # -- the shell or the command
@@ -310,18 +388,22 @@ def _shell(
     args: argparse.Namespace,
     progress: Progress,
 ) -> int:
-    from banger.cli.vm_ssh import prepare
+    from banger.cli.vm_ssh import find_way, open_shell
 
     name = connection["vm"]["name"]
-    argv = prepare(context, connection, progress)
+    way = find_way(context, connection, progress)
     progress.close()
-    # Said outright: ssh would complain about a missing terminal, and needs telling with a command.
-    argv.insert(1, "-t" if output.is_terminal(sys.stdin) else "-T")
-    if directory is not None:
-        import shlex
+    if way.ssh is None:
+        code = open_shell(connection, way, directory=directory)
+    else:
+        argv = way.ssh
+        # Outright: ssh would complain about a missing terminal, and needs telling with a command.
+        argv.insert(1, "-t" if output.is_terminal(sys.stdin) else "-T")
+        if directory is not None:
+            import shlex
 
-        argv += ["--", f'cd {shlex.quote(directory)} && exec "${{SHELL:-/bin/sh}}" -l']
-    code = _run_interactive(argv)
+            argv += ["--", f'cd {shlex.quote(directory)} && exec "${{SHELL:-/bin/sh}}" -l']
+        code = _run_interactive(argv)
     if not args.rm:
         _say(args, f"{name} stays: `banger vm ssh {name}` comes back, "
                    f"`banger vm delete {name}` deletes it")  # fmt: skip

@@ -1,4 +1,7 @@
-"""`vm ssh`: the system's ssh, through the agent, with our key and our known hosts."""
+"""`vm ssh`: the system's ssh, through the agent, with our key and our known hosts.
+
+In a guest without an sshd, the agent's own shell in its place; `vm run` enters by the same ways.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import os
 import shlex
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from banger.cli import output
 from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import Parser, add_quiet
 from banger.cli.progress import Progress
@@ -28,6 +32,7 @@ def build_ssh(parser: Parser) -> None:
     """Arguments of `vm ssh`."""
     parser.description = (
         "Enter a running VM through the system's ssh; no network and no open port is needed.\n"
+        "Where the guest has no sshd the agent gives the shell, at once.\n"
         "A command of one word is a line for the guest's shell, as with ssh itself; of several\n"
         "words, each arrives as it is."
     )
@@ -53,11 +58,27 @@ def build_ssh(parser: Parser) -> None:
     )
 
 
+class Way(NamedTuple):
+    """How to enter a guest: `ssh` holds the words that run ssh, None where there is no sshd.
+
+    `shell` is the best shell there is, None in an image that has none.
+    """
+
+    ssh: list[str] | None
+    shell: list[bytes] | None
+
+
 def run_ssh(context: Context, args: argparse.Namespace) -> int:
-    """Become ssh."""
+    """Become ssh, or enter through the agent."""
     connection = connect_running(context, args.name)
     with Progress(quiet=args.quiet or not sys.stderr.isatty()) as progress:
-        argv = prepare(context, connection, progress)
+        way = find_way(context, connection, progress)
+    if way.ssh is not None:
+        _become_ssh(way.ssh, args)
+    return _enter(connection, way, args)
+
+
+def _become_ssh(argv: list[str], args: argparse.Namespace) -> NoReturn:
     for option in args.ssh_option:
         argv[1:1] = ["-o", option]
     for forward in args.local:
@@ -73,6 +94,59 @@ def run_ssh(context: Context, args: argparse.Namespace) -> int:
     os.execv(argv[0], ["ssh", *argv[1:]])  # noqa: S606 - no shell is wanted
 
 
+def _enter(connection: VmConnection, way: Way, args: argparse.Namespace) -> int:
+    """Do through the agent what ssh was asked for."""
+    name = connection["vm"]["name"]
+    if args.ssh_option or args.local:
+        option = "-L" if args.local else "-o"
+        lacks = "this host has no ssh" if shutil.which("ssh") is None else f"{name} has no sshd"
+        raise Unavailable(
+            f"{lacks}, which {option} needs",
+            hint="`banger vm run --with-sshd` makes a VM with one; "
+            "`banger vm set NAME --publish` opens a port without",
+        )
+    words = [os.fsencode(word) for word in args.command or []]
+    if len(words) > 1:
+        return run_through_agent(connection, words, tty=args.tty)
+    if words:
+        return run_through_agent(connection, [*need_shell(connection, way), b"-c", *words],
+                                 tty=args.tty)  # fmt: skip
+    return open_shell(connection, way, tty=args.tty)
+
+
+def open_shell(
+    connection: VmConnection, way: Way, *, directory: str | None = None, tty: bool = False
+) -> int:
+    """Open the agent's shell on our terminal; without one it reads commands from stdin."""
+    shell = need_shell(connection, way)
+    return run_through_agent(connection, shell, tty=tty or sys.stdin.isatty(), directory=directory)
+
+
+def need_shell(connection: VmConnection, way: Way) -> list[bytes]:
+    """Return the guest's shell, or say that the image has none and what works without."""
+    if way.shell is None:
+        vm = connection["vm"]
+        raise NotFound(
+            f"there is no shell in {vm['name']}: its image {vm['image']} has none",
+            hint=f"`banger vm exec {vm['name']} -- PROGRAM` runs what the image has; "
+            f"`banger vm run --image {vm['image']} --entrypoint` runs its entrypoint",
+            code="no_shell",
+        )
+    return way.shell
+
+
+def run_through_agent(
+    connection: VmConnection, argv: list[bytes], *, tty: bool, directory: str | None = None
+) -> int:
+    """Run a program of the guest over our stdin, stdout and stderr; return its status."""
+    from banger.cli.vm_exec import execute, terminal
+    from banger.guest.agent import ExecRequest
+
+    cwd = None if directory is None else os.fsencode(directory)
+    request = ExecRequest(argv, cwd=cwd, tty=terminal() if tty else None)
+    return execute(connection, request, json=False)
+
+
 def connect_running(context: Context, name: str) -> VmConnection:
     """Return how to reach a running VM; a stopped one is an error that says how to start it."""
     try:
@@ -83,42 +157,34 @@ def connect_running(context: Context, name: str) -> VmConnection:
         raise Conflict(error.message, hint=f"banger vm start {name}") from error
 
 
-def find_ssh(name: str) -> str:
-    """Return the path of ssh, or say how to do without."""
-    found = shutil.which("ssh")
-    if found is None:
-        raise NotFound(
-            "ssh is not installed",
-            hint=f"apt install openssh-client, or use `banger vm exec -it {name} -- bash`",
-            code="unavailable",
-        )
-    return found
+def find_way(context: Context, connection: VmConnection, progress: Progress) -> Way:
+    """Return how to enter: by ssh where sshd is up or about to be, else by the agent at once."""
+    from banger.guest import agent
 
-
-def prepare(context: Context, connection: VmConnection, progress: Progress) -> list[str]:
-    """Wait for the guest's sshd, write the VM's ssh_config, return the words that run ssh."""
     vm = connection["vm"]
-    ssh = find_ssh(vm["name"])
-    wait_for_sshd(connection, progress)
-    return [ssh, "-F", write_config(context, vm), vm["name"]]
+    found = agent.find_shell(endpoint_of(connection))
+    ssh = shutil.which("ssh")
+    if ssh is None or found.sshd == "none":
+        return Way(None, found.argv)
+    if found.sshd == "coming" and not _wait_for_sshd(connection, progress):
+        return Way(None, found.argv)
+    return Way([ssh, "-F", write_config(context, vm), vm["name"]], found.argv)
 
 
-def wait_for_sshd(connection: VmConnection, progress: Progress) -> None:
+def _wait_for_sshd(connection: VmConnection, progress: Progress) -> bool:
     """Wait until the agent sees port 22 listening, in bounds that fit the isolation."""
     from banger.guest import agent
 
     vm = connection["vm"]
-    endpoint = endpoint_of(connection)
-    if agent.probe_port(endpoint, SSH_PORT, wait_s=0.0):
-        return
     progress.stage("waiting for sshd")
     wait_s = _WAIT_S.get(vm["accel"], 180.0)
-    if not agent.probe_port(endpoint, SSH_PORT, wait_s=wait_s):
-        raise Unavailable(
-            f"nothing listens on port 22 in {vm['name']} after {wait_s:.0f} s",
-            hint=f"`banger vm exec -it {vm['name']} -- sh` needs no sshd; "
-            f"`banger vm logs {vm['name']}` may tell why",
-        )
+    if agent.probe_port(endpoint_of(connection), SSH_PORT, wait_s=wait_s):
+        return True
+    output.warn(
+        f"nothing listens on port 22 in {vm['name']} after {wait_s:.0f} s: entering without ssh "
+        f"(`banger vm logs {vm['name']}` may tell why)"
+    )
+    return False
 
 
 def write_config(context: Context, vm: Vm) -> str:

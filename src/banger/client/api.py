@@ -66,13 +66,36 @@ class Client:
         """Return one image."""
         return cast("models.Image", self._get(f"/v1/images/{_segment(name)}"))
 
-    def pull_image(self, name: str, request: models.PullRequest) -> Operation:
-        """Begin to make an image from its catalog entry; the result is an Image."""
-        return cast("Operation", self._post(f"/v1/images/{_segment(name)}/pull", request))
+    def pull_image(self, request: models.ImagePull) -> Operation:
+        """Begin to make an image of whatever `source` names; the result is an Image."""
+        return cast("Operation", self._post("/v1/images", request))
 
-    def delete_image(self, name: str) -> models.Done:
-        """Delete an image no VM uses."""
-        return cast("models.Done", self._delete(f"/v1/images/{_segment(name)}"))
+    def list_blobs(self) -> list[models.Blob]:
+        """Return what is kept of downloads."""
+        return cast("list[models.Blob]", self._get("/v1/blobs"))
+
+    def prune_blobs(self, request: models.BlobPrune) -> models.BlobsPruned:
+        """Remove kept downloads."""
+        return cast("models.BlobsPruned", self._post("/v1/blobs/prune", request))
+
+    def register_image(self, request: models.ImageRegister) -> Operation:
+        """Begin to make an image of an ext4 on this host; the result is an Image."""
+        return cast("Operation", self._post("/v1/images/register", request))
+
+    def export_image(self, name: str, request: models.ImageExport) -> Operation:
+        """Begin to write an image to a file; the result is an ImageExported."""
+        return cast("Operation", self._post(f"/v1/images/{_segment(name)}/export", request))
+
+    def delete_image(
+        self, name: str, request: models.ImageDelete | None = None
+    ) -> models.ImageDeleted:
+        """Delete an image."""
+        found = self._transport.request("DELETE", f"/v1/images/{_segment(name)}", request)
+        return cast("models.ImageDeleted", found)
+
+    def image_catalog(self) -> models.Catalog:
+        """Return what can be pulled by name, and what is wrong with the catalogs."""
+        return cast("models.Catalog", self._get("/v1/catalog"))
 
     def list_kernels(self) -> list[models.Kernel]:
         """Return installed kernels and those of the catalog."""
@@ -85,6 +108,18 @@ class Client:
     def pull_kernel(self, name: str, request: models.PullRequest) -> Operation:
         """Begin to make a kernel from its catalog entry; the result is a Kernel."""
         return cast("Operation", self._post(f"/v1/kernels/{_segment(name)}/pull", request))
+
+    def import_kernel(self, name: str, request: models.KernelImport) -> Operation:
+        """Begin to make a kernel of files on this host; the result is a Kernel."""
+        return cast("Operation", self._post(f"/v1/kernels/{_segment(name)}/import", request))
+
+    def check_kernel(self, name: str) -> models.KernelCheck:
+        """Return a kernel held against what machines and Docker need."""
+        return cast("models.KernelCheck", self._get(f"/v1/kernels/{_segment(name)}/check"))
+
+    def kernel_config(self, name: str) -> models.KernelConfig:
+        """Return a kernel's build configuration."""
+        return cast("models.KernelConfig", self._get(f"/v1/kernels/{_segment(name)}/config"))
 
     def delete_kernel(self, name: str) -> models.Done:
         """Delete a kernel no VM uses."""

@@ -12,6 +12,9 @@ from banger import __version__
 from banger.api import models
 from banger.errors import Conflict
 from banger.services.artifacts import ArtifactService
+from banger.services.image_store import ImageStore
+from banger.services.images import ImageService
+from banger.services.kernels import KernelService
 from banger.services.operations import Operation, OperationManager
 from banger.services.vms import VmService
 
@@ -23,8 +26,9 @@ class Services:
     """What the handlers call."""
 
     vms: VmService
-    images: ArtifactService
-    kernels: ArtifactService
+    images: ImageService
+    kernels: KernelService
+    image_store: ImageStore
     operations: OperationManager
     data_dir: str
     stop_daemon: Callable[[], None]
@@ -81,14 +85,43 @@ class Handlers:
         """Show an image."""
         return await self._services.images.get(name)
 
-    async def pull_image(self, name: str, body: models.PullRequest) -> Operation:
+    async def pull_image(self, body: models.ImagePull) -> Operation:
         """Pull an image."""
-        return self._pull(self._services.images, "image", name, body)
+        images = self._services.images
+        return self._operations.start(
+            "pull image", body["source"], lambda sink: images.pull_source(body, sink)
+        )
 
-    async def delete_image(self, name: str) -> models.Done:
+    async def list_blobs(self) -> list[models.Blob]:
+        """List kept downloads."""
+        return await self._services.images.blobs()
+
+    async def prune_blobs(self, body: models.BlobPrune) -> models.BlobsPruned:
+        """Remove kept downloads."""
+        freed = await self._services.images.prune_blobs(everything=body.get("all", False))
+        return {"freed_bytes": freed}
+
+    async def register_image(self, body: models.ImageRegister) -> Operation:
+        """Register an image."""
+        store = self._services.image_store
+        return self._operations.start(
+            "register image", body["name"], lambda sink: store.register(body, sink)
+        )
+
+    async def export_image(self, name: str, body: models.ImageExport) -> Operation:
+        """Export an image."""
+        store = self._services.image_store
+        return self._operations.start(
+            "export image", name, lambda sink: store.export(name, body, sink)
+        )
+
+    async def delete_image(self, name: str, body: models.ImageDelete) -> models.ImageDeleted:
         """Delete an image."""
-        await self._services.images.delete(name)
-        return {"ok": True}
+        return await self._services.image_store.delete(name, force=body.get("force", False))
+
+    async def image_catalog(self) -> models.Catalog:
+        """List what can be pulled by name."""
+        return await self._services.image_store.catalog()
 
     async def list_kernels(self) -> list[dict[str, Any]]:
         """List kernels."""
@@ -101,6 +134,20 @@ class Handlers:
     async def pull_kernel(self, name: str, body: models.PullRequest) -> Operation:
         """Pull a kernel."""
         return self._pull(self._services.kernels, "kernel", name, body)
+
+    async def import_kernel(self, name: str, body: models.KernelImport) -> Operation:
+        """Import a kernel."""
+        return self._operations.start(
+            "import kernel", name, lambda sink: self._services.kernels.import_(name, body, sink)
+        )
+
+    async def check_kernel(self, name: str) -> models.KernelCheck:
+        """Compare a kernel with what is needed."""
+        return await self._services.kernels.check_features(name)
+
+    async def kernel_config(self, name: str) -> models.KernelConfig:
+        """Show a kernel's configuration."""
+        return await self._services.kernels.config(name)
 
     async def delete_kernel(self, name: str) -> models.Done:
         """Delete a kernel."""

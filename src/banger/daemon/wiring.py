@@ -5,21 +5,32 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from banger.catalog.extra import load as load_catalogs
 from banger.config import Config, load_config, size_of
 from banger.daemon.handlers import Handlers, Services
 from banger.errors import BangerError
+from banger.events import EventSink
 from banger.host.commands import HostCommands
 from banger.images.artifacts import sweep_staging
+from banger.images.blobcache import BlobCache
+from banger.images.credentials import Credentials
+from banger.images.layers import Limits
+from banger.images.oci import BlobSource
+from banger.images.reference import RegistryRef
+from banger.images.registry import RegistrySettings, open_registry
 from banger.network.bridge import BridgeNetwork
 from banger.network.dns import NameServer
 from banger.network.plan import parse_bridge
 from banger.services.artifact_sources import ImageSource, KernelSource
-from banger.services.artifacts import ArtifactService
 from banger.services.boot import BootFiles
 from banger.services.identity import IdentityService
+from banger.services.image_store import ImageStore
+from banger.services.images import ImageService, ImportParts
+from banger.services.kernels import KernelService
 from banger.services.networks import NetworkService
 from banger.services.operations import OperationManager
 from banger.services.reconcile import reconcile
@@ -102,10 +113,13 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
     async def kernel_users(name: str) -> list[str]:
         return await vms.used_by("kernel", name)
 
-    images = ArtifactService(ImageSource(layout.data, layout.cache, commands, mirror), image_users)
-    kernels = ArtifactService(
-        KernelSource(layout.data, layout.cache, commands, mirror), kernel_users
+    catalogs = load_catalogs(config, layout.cache)
+    images = ImageService(
+        ImageSource(layout.data, layout.cache, commands, mirror, catalogs),
+        image_users,
+        _import_parts(config, layout, commands),
     )
+    kernels = KernelService(KernelSource(layout.data, layout.cache, commands, mirror), kernel_users)
     limits = host_limits(str(layout.data))
     vmms: dict[str, Vmm] = {
         "qemu": Qemu(commands, config.qemu_bin),
@@ -135,7 +149,14 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
         jailer_uid_base=config.jailer_uid_base,
     )
     operations = OperationManager()
-    services = Services(vms, images, kernels, operations, str(layout.data), stop_daemon)
+
+    async def running_of_image(name: str) -> list[str]:
+        return await vms.used_by("image", name, running=True)
+
+    image_store = ImageStore(images, kernels, running_of_image, catalogs, layout.data, commands)
+    services = Services(
+        vms, images, kernels, image_store, operations, str(layout.data), stop_daemon
+    )
     return Daemon(
         layout=layout,
         log_level=config.log_level,
@@ -147,6 +168,31 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
         names_listen=config.dns_listen_addr,
         operations=operations,
         handlers=Handlers(services),
+    )
+
+
+def _import_parts(config: Config, layout: Layout, commands: HostCommands) -> ImportParts:
+    settings = RegistrySettings.of(config.registries)
+    blobs = BlobCache(layout.cache / "blobs", size_of(config.blob_cache_size))
+    limits = config.import_limits
+
+    def open_for(ref: RegistryRef, sink: EventSink) -> AbstractAsyncContextManager[BlobSource]:
+        credentials = Credentials(os.environ, Path.home(), commands, warn=sink.warning)
+        return open_registry(
+            ref, settings=settings, credentials=credentials, cache=blobs, sink=sink
+        )
+
+    return ImportParts(
+        data_dir=layout.data,
+        commands=commands,
+        limits=Limits(
+            max_entries=limits.max_entries,
+            max_bytes=size_of(limits.max_size),
+            max_depth=limits.max_depth,
+            max_expansion=limits.max_expansion,
+        ),
+        open_registry=open_for,
+        blobs=blobs,
     )
 
 

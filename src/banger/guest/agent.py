@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from binascii import b2a_base64
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable
 from typing import BinaryIO, NamedTuple, Self
 
@@ -51,6 +51,16 @@ class ExecRequest(NamedTuple):
     stdin: str = "pipe"  # pipe | null
     timeout_s: float | None = None
     detach: bool = False
+
+
+class Shell(NamedTuple):
+    """What one who comes in finds: the shell (None: the image has none), and how sshd is doing.
+
+    `sshd` is up, coming (the guest's init is set to start it) or none.
+    """
+
+    argv: list[bytes] | None
+    sshd: str
 
 
 class ExitStatus(NamedTuple):
@@ -319,6 +329,27 @@ def stat_path(endpoint: Endpoint, path: bytes) -> dict[str, object] | None:
     """Return what a path of the guest is (type, mode, size, ...), None when it does not exist."""
     answer = _ask(endpoint, "stat", {"path": b64(path)})
     return answer if answer.get("exists") is True else None
+
+
+def find_shell(endpoint: Endpoint, *, user: str = "root") -> Shell:
+    """Return the best shell of the guest for a user, and whether its sshd serves.
+
+    An agent of before this request (a VM that outlived an upgrade) counts as one with sshd.
+    """
+    try:
+        answer = _ask(endpoint, "shell", {"user": user})
+    except Unavailable as error:
+        if error.code == "agent_unsupported":
+            return Shell([b"/bin/sh"], "coming")
+        raise
+    words, sshd = answer.get("argv"), answer.get("sshd")
+    if sshd not in ("up", "coming", "none") or not (words is None or isinstance(words, list)):
+        raise frames.ProtocolError("the agent sent no answer about its shell")
+    try:
+        argv = [a2b_base64(str(word)) for word in words or []]
+    except ValueError as error:
+        raise frames.ProtocolError("the agent sent a shell that does not read") from error
+    return Shell(argv or None, str(sshd))
 
 
 class ForwardStream:

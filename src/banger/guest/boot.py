@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import time
@@ -36,7 +37,9 @@ _MAX_FILE_BYTES = (1 << 32) - 1
 _MAX_NAME_BYTES = 4096  # PATH_MAX, which init/initramfs.c enforces
 _TRAILER = b"TRAILER!!!"
 _PAGE_BYTES = 4096
-
+SSHD_LOG = "/var/log/banger-sshd.log"
+_SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_IMAGE_SAYS = "Written by banger at each boot: the environment that the image names."
 
 _Look = tuple[tuple[str, int, int, int, int], ...]
 # Reading and hashing 10 MB at each start is 8 ms of it, and 100 in an emulated host. A daemon knows
@@ -214,6 +217,7 @@ def boot_config(
     authorized_key: str,
     host_keys: Mapping[str, bytes],
     environment: Mapping[str, str] | None = None,
+    with_sshd: bool = False,
     init: Sequence[str] | None = None,
     time_unix_ns: int | None = None,
     drives: tuple[str, str, str] = (
@@ -225,8 +229,10 @@ def boot_config(
     """Return the boot configuration of a VM, as the agent reads it.
 
     `host_keys` maps file names below /etc/ssh (ssh_host_ed25519_key and its .pub) to their
-    content. `init` is a command line in place of the image's own init. `environment` goes to
-    /etc/environment only where given. `drives` name base, own and modules by serial or device.
+    content. `init` is a command line in place of the image's own init. `environment` is the
+    image's: the agent gives it to every process, and files of ours to ssh's. `with_sshd` has
+    the agent see to an sshd in the background; it needs a network. `drives` name base, own and
+    modules by serial or device.
     """
     files = [
         _file("/etc/hostname", f"{hostname}\n"),
@@ -246,8 +252,10 @@ def boot_config(
         ),
     ]
     if environment:
-        text = "".join(f"{key}={value}\n" for key, value in sorted(environment.items()))
-        files.append(_file("/etc/environment", text))
+        files += [
+            _file("/etc/profile.d/banger-image.sh", profile_script(environment)),
+            _file("/etc/ssh/sshd_config.d/20-banger-image.conf", sshd_environment(environment)),
+        ]
     return {
         "version": BOOT_CONFIG_VERSION,
         "hostname": hostname,
@@ -268,7 +276,37 @@ def boot_config(
         "files": files,
         "time_unix_ns": time.time_ns() if time_unix_ns is None else time_unix_ns,
         "init": None if init is None else list(init),
+        "environment": dict(environment or {}),
+        "once": _sshd_script() if with_sshd and network is not None else None,
     }
+
+
+def _sshd_script() -> dict[str, str]:
+    script = (resources.files("banger.guest") / "with-sshd.sh").read_bytes()
+    return {"script_b64": base64.b64encode(script).decode(), "log": SSHD_LOG}
+
+
+def profile_script(environment: Mapping[str, str]) -> str:
+    """Return lines for /etc/profile.d: a login shell's own profile sets another PATH."""
+    lines = [f"# {_IMAGE_SAYS}"]
+    for name, value in sorted(environment.items()):
+        if _SHELL_NAME.fullmatch(name) and "\0" not in value:
+            quoted = value.replace("'", "'\\''")
+            lines.append(f"export {name}='{quoted}'")
+    return "\n".join(lines) + "\n"
+
+
+def sshd_environment(environment: Mapping[str, str]) -> str:
+    """Return an sshd_config that gives sessions this environment, as far as it can say it."""
+    words = [
+        f'"{name}={value}"'
+        for name, value in sorted(environment.items())
+        if _SHELL_NAME.fullmatch(name)
+        and value.isprintable()
+        and not any(special in value for special in '"\\')
+    ]
+    # Of several SetEnv lines sshd reads the first only.
+    return f"# {_IMAGE_SAYS}\n" + (f"SetEnv {' '.join(words)}\n" if words else "")
 
 
 def hosts_file(hostname: str) -> str:

@@ -54,6 +54,15 @@ _REMOVE_ATTEMPTS = 20  # two seconds: what a killed dpkg needs to be gone on a b
 _HASH_CHUNK_BYTES = 1024 * 1024
 
 
+class LinkedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A root file system that stays where its owner has it; how it was when it was checked."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+
+
 class ImageManifest(msgspec.Struct, frozen=True, kw_only=True):
     """What an installed image is. `digest` is sha256 of rootfs.ext4; `files` their sizes."""
 
@@ -68,8 +77,14 @@ class ImageManifest(msgspec.Struct, frozen=True, kw_only=True):
     default_user: str = "root"
     default_env: dict[str, str] = {}
     entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    working_dir: str = ""
+    kernel: str = ""  # the kernel a VM of this image gets when none is asked for
+    platform: str = ""  # as `linux/amd64`
+    source_digest: str = ""  # what a registry calls it
     packages: dict[str, str] = {}
     extras: dict[str, str] = {}  # extra -> version, or "missing: why"
+    linked: LinkedFile | None = None  # then there is no rootfs.ext4 among `files`
 
 
 class KernelManifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,7 +270,41 @@ def read(data_dir: Path, kind: Kind, name: str, shape: type[_Manifest]) -> _Mani
             raise _corrupted(kind, name, f"its file {file} is missing") from error
         if found != size_bytes:
             raise _corrupted(kind, name, f"its file {file} has {found} of {size_bytes} bytes")
+    if isinstance(manifest, ImageManifest) and manifest.linked is not None:
+        _check_linked(name, manifest.linked)
     return manifest
+
+
+def rootfs_of(data_dir: Path, manifest: ImageManifest) -> Path:
+    """Return the path of an image's root file system; never written to, wherever it lies."""
+    if manifest.linked is not None:
+        return Path(manifest.linked.path)
+    return artifact_directory(data_dir, "image", manifest.name) / "rootfs.ext4"
+
+
+def linked_file(path: Path) -> LinkedFile:
+    """Return how a file is now."""
+    found = os.stat(path)
+    return LinkedFile(
+        path=str(path),
+        size_bytes=found.st_size,
+        mtime_ns=found.st_mtime_ns,
+        inode=found.st_ino,
+    )
+
+
+def _check_linked(name: str, linked: LinkedFile) -> None:
+    try:
+        changed = linked_file(Path(linked.path)) != linked
+        reason = "was changed since it was registered"
+    except OSError as error:
+        changed, reason = True, f"cannot be looked at: {error.strerror}"
+    if changed:
+        raise Corrupted(
+            f"image {name} is linked to {linked.path}, which {reason}",
+            hint=f"`banger image register --force --link --name {name} --rootfs {linked.path}` "
+            f"takes it as it is now, `banger image delete {name}` forgets it",
+        )
 
 
 def measure(staged: Path) -> tuple[dict[str, int], int]:
@@ -298,7 +347,12 @@ async def digest_file(path: Path) -> str:
 
 def now_rfc3339() -> str:
     """Return the present time, in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339(time.time())
+
+
+def rfc3339(seconds: float) -> str:
+    """Return a time since the epoch as RFC 3339, in UTC, to the second."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _not_found(data_dir: Path, kind: Kind, name: str) -> NotFound:

@@ -43,6 +43,8 @@ REPRODUCIBLE = {
 }
 _UUID_SPACE = uuid.UUID("6f0c0b2e-4d6e-5b0a-9a43-62616e676572")
 _BLOCK_BYTES = 4096
+_BYTES_PER_INODE = 16384
+_INODE_BYTES = 256
 _MIN_SIZE_BYTES = 4 * 1024 * 1024
 _MKE2FS_TIMEOUT_S = 900
 _GROWTH_INTERVAL_S = 0.5
@@ -79,6 +81,10 @@ async def probe_strategy(commands: HostCommands) -> Strategy:
     return _PROBED[program]
 
 
+def _reproducible(newest: int) -> dict[str, str]:
+    return dict.fromkeys(REPRODUCIBLE, str(newest))
+
+
 def volume_uuid(label: str) -> str:
     """Return the UUID of the file system with this label: the same on every host."""
     return str(uuid.uuid5(_UUID_SPACE, label))
@@ -89,17 +95,23 @@ async def build_ext4(
     output: Path,
     *,
     size_bytes: int | None = None,
+    inodes: int | None = None,
     label: str,
     commands: HostCommands,
     sink: EventSink | None = None,
     strategy: Strategy | None = None,
     work: Path | None = None,
+    newest: int = SOURCE_DATE_EPOCH,
+    check: bool = True,
 ) -> None:
     """Make a read-only-use ext4 (no journal) at `output` out of a tar, and check it.
 
     `source` is a tar file or the read end of a pipe; a pipe needs `size_bytes`, which is a
     limit rather than a cost, since the file is sparse. A tar that does not fit raises
-    NoSpace. `work` holds what the `stage` strategy stages (default: beside the output).
+    NoSpace. `inodes` is how many are needed, if that is known (default: one for 16 KiB). `newest`
+    is the latest time in it: mke2fs takes later ones for that, and its own time stamps too. `work`
+    holds what the `stage` strategy stages (default: beside the output). Without `check` the
+    caller still changes it and checks it then.
 
     Where the strategies differ: of extended attributes `tar` keeps security.capability only
     (mke2fs 1.47.2), `stage` all; and each takes another member's word for the attributes of
@@ -112,7 +124,7 @@ async def build_ext4(
             raise TypeError("a pipe needs size_bytes")
         size_bytes = await asyncio.to_thread(estimate_size_bytes, source)
     size_bytes = max(_MIN_SIZE_BYTES, -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES)
-    options = _base_options(label)
+    options = _base_options(label, inodes_for(size_bytes, inodes or 0))
     if strategy == "tar":
         with _opened(source) as stdin:
             await _mke2fs(
@@ -120,7 +132,7 @@ async def build_ext4(
                 commands,
                 output=output,
                 stdin=stdin,
-                env=REPRODUCIBLE,
+                env=_reproducible(newest),
                 sink=sink,
             )
     else:
@@ -137,10 +149,12 @@ async def build_ext4(
                 commands,
                 output=output,
                 sink=sink,
-                env={"E2FSPROGS_FAKE_TIME": str(SOURCE_DATE_EPOCH)},
+                # The other variable would clamp the times that are numbers there.
+                env={"E2FSPROGS_FAKE_TIME": str(newest)},
             )
             await staged.apply_attributes(tree, output, commands=commands)
-    await check_ext4(output, commands=commands)
+    if check:
+        await check_ext4(output, commands=commands)
 
 
 async def check_ext4(path: Path, *, commands: HostCommands) -> None:
@@ -214,20 +228,29 @@ def estimate_size_bytes(tar: Path) -> int:
             data += -(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES if member.isreg() else 0
             data += _BLOCK_BYTES if member.isdir() or len(member.linkname) >= 60 else 0
             archive.members = []  # type: ignore[attr-defined]  # a list of 100,000 is memory
-    # One inode of 256 bytes per 16 KiB is what mke2fs makes: small files may need more.
-    content = data + inodes * 256
-    by_inodes = (inodes + 1024) * 16384
-    return max(content + content // 16 + 8 * 1024 * 1024, by_inodes)
+    return size_for(data, inodes)
 
 
-def _base_options(label: str) -> list[str]:
+def size_for(data_bytes: int, inodes: int) -> int:
+    """Return the size of a file system for this much content, in blocks, and this many inodes."""
+    content = data_bytes + inodes_for(data_bytes, inodes) * _INODE_BYTES
+    # Maps of extents, group descriptors, bitmaps, rounding: a sparse file pays for none unused.
+    return content + content // 16 + 8 * 1024 * 1024
+
+
+def inodes_for(size_bytes: int, wanted: int) -> int:
+    """Return how many inodes a file system gets: one for 16 KiB, or what is wanted and slack."""
+    return max(size_bytes // _BYTES_PER_INODE, wanted + wanted // 16 + 1024)
+
+
+def _base_options(label: str, inodes: int) -> list[str]:
     identity = volume_uuid(label)
     return [
         "-q", "-F", "-t", "ext4", "-b", str(_BLOCK_BYTES), "-m", "0",
         "-L", label[:16],
         "-U", identity,
-        "-i", "16384",
-        "-I", "256",
+        "-N", str(inodes),
+        "-I", str(_INODE_BYTES),
         # Never written to: no journal, no room to grow, nothing to initialise later.
         "-O", "^has_journal,^resize_inode,^orphan_file",
         "-E", f"hash_seed={identity},assume_storage_prezeroed=1,nodiscard,root_owner=0:0",

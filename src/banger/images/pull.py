@@ -8,13 +8,13 @@ of one name to the daemon's operations.
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 from banger.catalog import DebianImage, image_entry
 from banger.errors import Conflict
 from banger.events import EventSink
 from banger.host.commands import HostCommands
+from banger.host.tasks import piped
 from banger.images import artifacts
 from banger.images.artifacts import ImageManifest
 from banger.images.debian import write_debian_tar
@@ -32,12 +32,14 @@ async def pull_image(
     sink: EventSink,
     mirror: str | None = None,
     force: bool = False,
+    entry: DebianImage | None = None,
 ) -> ImageManifest:
     """Make the image of a catalog entry and install it; cancellation leaves nothing behind.
 
-    An image that is installed already raises Conflict unless `force`.
+    `entry` is the one of another catalog than the built-in. An image that is installed already
+    raises Conflict unless `force`.
     """
-    entry = image_entry(name)
+    entry = entry or _built_in(name)
     if not force and artifacts.artifact_directory(data_dir, "image", name).exists():
         raise Conflict(
             f"image {name} is installed already",
@@ -74,6 +76,13 @@ async def pull_image(
     return manifest
 
 
+def _built_in(name: str) -> DebianImage:
+    entry = image_entry(name)
+    if not isinstance(entry, DebianImage):
+        raise TypeError(f"{name} is not made of packages")
+    return entry
+
+
 async def _build_rootfs(
     entry: DebianImage,
     rootfs: Path,
@@ -84,40 +93,23 @@ async def _build_rootfs(
     work: Path,
     cache_dir: Path,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    read_fd, write_fd = os.pipe()
+    made: tuple[dict[str, str], dict[str, str]] = ({}, {})
 
-    async def produce() -> tuple[dict[str, str], dict[str, str]]:
-        try:
-            return await write_debian_tar(
-                entry, write_fd, commands=commands, sink=sink, mirror=mirror, work=work,
-                cache_dir=cache_dir,
-            )  # fmt: skip
-        finally:
-            os.close(write_fd)  # mke2fs sees the end of the tar
+    async def produce(write_fd: int) -> None:
+        nonlocal made
+        made = await write_debian_tar(
+            entry, write_fd, commands=commands, sink=sink, mirror=mirror, work=work,
+            cache_dir=cache_dir,
+        )  # fmt: skip
 
-    async def consume() -> None:
-        try:
-            await build_ext4(
-                read_fd, rootfs, size_bytes=entry.capacity_mib * 1024 * 1024,
-                label=entry.name, commands=commands, sink=sink, work=work,
-            )  # fmt: skip
-        finally:
-            os.close(read_fd)  # mmdebstrap sees that nobody reads any more
+    async def consume(read_fd: int) -> None:
+        await build_ext4(
+            read_fd, rootfs, size_bytes=entry.capacity_mib * 1024 * 1024,
+            label=entry.name, commands=commands, sink=sink, work=work,
+        )  # fmt: skip
 
-    producer = asyncio.create_task(produce())
-    consumer = asyncio.create_task(consume())
-    try:
-        # The first failure is the cause: a dead reader fails the writer, an early end the reader.
-        await asyncio.wait({producer, consumer}, return_when=asyncio.FIRST_EXCEPTION)
-        for task in (producer, consumer):
-            if task.done() and task.exception() is not None:
-                raise task.exception()  # type: ignore[misc]
-        await consumer
-        return await producer
-    finally:
-        for task in (producer, consumer):
-            task.cancel()
-        await asyncio.gather(producer, consumer, return_exceptions=True)
+    await piped(produce, consume)
+    return made
 
 
 def list_images(data_dir: Path) -> list[str]:
@@ -131,8 +123,8 @@ def read_image(data_dir: Path, name: str) -> ImageManifest:
 
 
 def rootfs_path(data_dir: Path, name: str) -> Path:
-    """Return the path of an image's root file system."""
-    return artifacts.artifact_directory(data_dir, "image", name) / ROOTFS
+    """Return the path of an installed image's root file system; raise as `read_image` does."""
+    return artifacts.rootfs_of(data_dir, read_image(data_dir, name))
 
 
 def delete_image(data_dir: Path, name: str) -> None:

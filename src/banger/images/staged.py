@@ -14,24 +14,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
-import struct
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from banger.errors import CommandFailed, Corrupted, InvalidInput
+from banger.errors import Corrupted, InvalidInput
 from banger.host.commands import HostCommands
 from banger.host.files import no_space_named
+from banger.images.inodes import (
+    check_xattr_name,
+    inode_mtimes,
+    run_debugfs,
+    set_times,
+    set_xattrs,
+)
 
 _MAX_DEPTH = 256
 _MAX_XATTR_BYTES = 64 * 1024
 _CHUNK_BYTES = 1 << 20
 _XATTR_PREFIX = "SCHILY.xattr."
-_XATTR_NAME = re.compile(r"[A-Za-z0-9_.:+@-]{1,255}")
 # Staged times start here, so that a time mke2fs makes itself is not taken for a number.
 _FIRST_NUMBER = 1000
 _ROOT_INODE = 2
@@ -248,8 +252,8 @@ def _xattrs(member: tarfile.TarInfo) -> dict[str, bytes]:
             continue
         name = key[len(_XATTR_PREFIX) :]
         data = value.encode("utf-8", "surrogateescape")
-        # The name does become a word of a command.
-        if not _XATTR_NAME.fullmatch(name) or len(data) > _MAX_XATTR_BYTES:
+        check_xattr_name(name)
+        if len(data) > _MAX_XATTR_BYTES:
             raise InvalidInput(f"{member.name!r} has an unusable extended attribute {name!r}")
         found[name] = data
     return found
@@ -269,17 +273,8 @@ async def apply_attributes(tree: StagedTree, image: Path, *, commands: HostComma
                 raise Corrupted(f"mke2fs lost inode {number} of {image.name}")
             continue  # a file that a later member replaced
         retyped = retyped or attributes.device is not None
-        script += _commands_for(inode, number, attributes, tree.scratch)
-    (tree.scratch / "script").write_text("\n".join(script) + "\n", encoding="ascii")
-    done = await commands.run(
-        ["debugfs", "-w", "-f", "script", str(image.absolute())],
-        cwd=tree.scratch,
-        timeout_s=600,
-    )
-    # debugfs ends with status 0 whatever happened: anything but its banner is a failure.
-    complaints = [line for line in done.stderr.splitlines() if not line.startswith("debugfs ")]
-    if complaints:
-        raise CommandFailed(f"debugfs failed: {complaints[0]}", stderr_tail="\n".join(complaints))
+        script += _commands_for(inode, attributes, tree.scratch)
+    await run_debugfs(script, image, scratch=tree.scratch, commands=commands)
     if retyped:
         # Directory entries still say "regular file"; e2fsck takes the type from the inode.
         fixed = await commands.run(["e2fsck", "-fy", str(image)], check=False, timeout_s=600)
@@ -297,15 +292,14 @@ def _live(tree: StagedTree) -> set[int]:
     return live
 
 
-def _commands_for(inode: int, number: int, attributes: Attributes, scratch: Path) -> Iterator[str]:
+def _commands_for(inode: int, attributes: Attributes, scratch: Path) -> Iterator[str]:
     def put(name: str, value: str) -> str:
         return f"set_inode_field <{inode}> {name} {value}"
 
     yield put("mode", f"0{attributes.mode:o}")
     yield put("uid", str(attributes.uid))
     yield put("gid", str(attributes.gid))
-    for name in ("mtime", "atime", "ctime", "crtime"):
-        yield put(name, f"@0x{attributes.mtime:x}")
+    yield from set_times(inode, attributes.mtime)
     if attributes.device is not None:
         major, minor = attributes.device
         # ext4 keeps small numbers in the old 8:8 form in block 0, others in block 1.
@@ -314,51 +308,4 @@ def _commands_for(inode: int, number: int, attributes: Attributes, scratch: Path
         yield put("flags", "0")
         for index, value in enumerate((old, new, *(0,) * 10)):
             yield put(f"block[{index}]", f"0x{value:x}")
-    for index, (name, data) in enumerate(sorted(attributes.xattrs.items())):
-        file = f"x{number}-{index}"  # debugfs runs in the scratch directory
-        (scratch / file).write_bytes(data)
-        yield f"ea_set -f {file} <{inode}> {name}"
-
-
-def inode_mtimes(image: Path) -> Iterator[tuple[int, int]]:
-    """Yield (inode number, modification time) of the inodes in use of an ext4.
-
-    Reads the superblock, the group descriptors and the inode tables; see "Ext4 data
-    structures" in the kernel's documentation for every offset.
-    """
-    with open(image, "rb") as file:
-        file.seek(1024)
-        superblock = file.read(1024)
-        (magic,) = struct.unpack_from("<H", superblock, 0x38)
-        if magic != 0xEF53:
-            raise Corrupted(f"{image.name} is not an ext4")
-        (total,) = struct.unpack_from("<I", superblock, 0x0)
-        first_block, log_block_size = struct.unpack_from("<II", superblock, 0x14)
-        (per_group,) = struct.unpack_from("<I", superblock, 0x28)
-        (inode_bytes,) = struct.unpack_from("<H", superblock, 0x58)
-        (incompat,) = struct.unpack_from("<I", superblock, 0x60)
-        (descriptor_bytes,) = struct.unpack_from("<H", superblock, 0xFE)
-        is_64bit = bool(incompat & 0x80)
-        descriptor_bytes = descriptor_bytes if is_64bit else 32
-        block_bytes = 1024 << log_block_size
-        groups = -(-total // per_group)
-        file.seek((first_block + 1) * block_bytes)
-        descriptors = file.read(groups * descriptor_bytes)
-        for group in range(groups):
-            base = group * descriptor_bytes
-            (table,) = struct.unpack_from("<I", descriptors, base + 0x8)
-            (unused,) = struct.unpack_from("<H", descriptors, base + 0x1C)
-            (flags,) = struct.unpack_from("<H", descriptors, base + 0x12)
-            if is_64bit:
-                table |= struct.unpack_from("<I", descriptors, base + 0x28)[0] << 32
-                unused |= struct.unpack_from("<H", descriptors, base + 0x32)[0] << 16
-            if flags & 0x1:  # INODE_UNINIT
-                continue
-            used = max(0, per_group - unused)
-            file.seek(table * block_bytes)
-            inodes = file.read(used * inode_bytes)
-            for index in range(used):
-                (mtime,) = struct.unpack_from("<I", inodes, index * inode_bytes + 0x10)
-                (links,) = struct.unpack_from("<H", inodes, index * inode_bytes + 0x1A)
-                if links:
-                    yield group * per_group + index + 1, mtime
+    yield from set_xattrs(inode, attributes.xattrs, scratch)

@@ -1,12 +1,6 @@
 """Debian kernels: one package of a suite, taken apart without being installed.
 
-Owns what is picked out of the package's tree and where it goes below the artifact:
-
-    vmlinux                 the ELF kernel
-    config                  its build configuration
-    modules.ext4            the content of /lib/modules/<release>, read-only
-    boot-modules/NAME.ko    what the initramfs loads, uncompressed
-    boot-modules/list       their names in load order, one a line
+Owns what is picked out of the package's tree; `parts` says where it goes.
 
 The package comes through apt's signed indexes; nothing of it runs but depmod, in the
 chroot that mmdebstrap makes.
@@ -19,7 +13,6 @@ import io
 import re
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
 
 from banger.catalog import DebianKernel
 from banger.errors import InvalidInput
@@ -28,7 +21,8 @@ from banger.host.commands import HostCommands
 from banger.host.files import make_private_directory, no_space_named
 from banger.images.debian import mmdebstrap
 from banger.images.ext4 import SOURCE_DATE_EPOCH, build_ext4
-from banger.kernels import modules, vmlinux
+from banger.kernels import modules, parts, vmlinux
+from banger.kernels.parts import KernelParts
 
 # Of an `extract` variant only the extract hook runs, and links such as /lib64 may be missing
 # from what is only unpacked: the loader is called by its own path. Kernel and depmod are of
@@ -47,13 +41,6 @@ done
 """
 _MODULES_PREFIX = re.compile(r"(?:\./)?(?:usr/)?lib/modules/([^/]+)(?:/(.*))?")
 _BOOT_FILE = re.compile(r"(?:\./)?boot/(vmlinuz|config)-(.+)")
-
-
-class KernelParts(NamedTuple):
-    """What was found in a kernel's tree."""
-
-    release: str
-    boot_modules: tuple[str, ...]
 
 
 async def build_debian_kernel(
@@ -84,18 +71,18 @@ async def build_debian_kernel(
         )
     sink.stage("taking the kernel apart")
     modules_tar = work / "modules.tar"
-    parts = await asyncio.to_thread(split_tree, tree, output, modules_tar)
+    found = await asyncio.to_thread(split_tree, tree, output, modules_tar)
     tree.unlink()
     await build_ext4(
         modules_tar,
-        output / "modules.ext4",
-        label="banger-mods",
+        output / parts.MODULES,
+        label=parts.MODULES_LABEL,
         commands=commands,
         sink=sink,
         work=work,
     )
     modules_tar.unlink()
-    return parts
+    return found
 
 
 def split_tree(tree: Path, output: Path, modules_tar: Path) -> KernelParts:
@@ -134,8 +121,8 @@ def split_tree(tree: Path, output: Path, modules_tar: Path) -> KernelParts:
     # Without a decoder depmod sees no symbols, and says nothing.
     if kept.get("modules.dep", b"").count(b".ko") < 2 or len(kept["modules.symbols"]) < 1024:
         raise InvalidInput(f"depmod did not read the modules of {release}")
-    (output / "vmlinux").write_bytes(vmlinux.extract_vmlinux(files["vmlinuz"]))
-    (output / "config").write_bytes(files.get("config", b""))
+    (output / parts.VMLINUX).write_bytes(vmlinux.extract_vmlinux(files["vmlinuz"]))
+    (output / parts.CONFIG).write_bytes(files.get("config", b""))
     order = modules.load_order(
         modules.BOOT_MODULES,
         modules.parse_dependencies(kept["modules.dep"].decode()),
@@ -144,11 +131,5 @@ def split_tree(tree: Path, output: Path, modules_tar: Path) -> KernelParts:
             for line in kept.get("modules.builtin", b"").decode().splitlines()
         ),
     )
-    directory = output / "boot-modules"
-    directory.mkdir(mode=0o755)
-    for path in order:
-        name = modules.module_name(path)
-        (directory / f"{name}.ko").write_bytes(modules.decompress_module(path, kept[path]))
-    names = tuple(modules.module_name(path) for path in order)
-    (directory / "list").write_text("".join(f"{name}\n" for name in names))
+    names = parts.write_boot_modules(output, order, kept.__getitem__)
     return KernelParts(release, names)

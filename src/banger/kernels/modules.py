@@ -10,6 +10,7 @@ import posixpath
 import zlib
 
 from banger.errors import InvalidInput
+from banger.kernels.vmlinux import zstd
 
 # What the agent needs before it can mount anything or talk to the host. virtio_ring must
 # be there before virtio; modules.dep does not always say so, hence this order.
@@ -32,6 +33,7 @@ BOOT_MODULES = (
 # Without these no machine of ours comes up; the others may be left out of a kernel.
 REQUIRED_MODULES = frozenset({"virtio", "virtio_mmio", "virtio_blk", "overlay", "ext4"})
 _MAX_MODULE_BYTES = 64 * 1024 * 1024
+_MAX_CHAIN = 100  # Debian's longest is 9
 
 
 def module_name(path: str) -> str:
@@ -53,11 +55,13 @@ def load_order(
     wanted: tuple[str, ...],
     dependencies: dict[str, tuple[str, tuple[str, ...]]],
     builtin: frozenset[str],
+    *,
+    required: frozenset[str] = REQUIRED_MODULES,
 ) -> list[str]:
     """Return the paths of the wanted modules and all they need, each after what it needs.
 
     A wanted module that the kernel has neither as a file nor built in is left out, unless
-    it is one of REQUIRED_MODULES: that raises InvalidInput.
+    it is one of `required`: that raises InvalidInput.
     """
     order: list[str] = []
     done: set[str] = set()
@@ -67,8 +71,10 @@ def load_order(
             return
         if name in chain:
             raise InvalidInput(f"the kernel's modules depend on each other: {' -> '.join(chain)}")
+        if len(chain) > _MAX_CHAIN:
+            raise InvalidInput(f"the kernel's module {chain[0]} needs a chain of {len(chain)}")
         if name not in dependencies:
-            if name in REQUIRED_MODULES or chain:
+            if name in required or chain:
                 raise InvalidInput(
                     f"the kernel has no module {name}",
                     hint="take a kernel with virtio over MMIO, ext4 and overlayfs, "
@@ -88,17 +94,20 @@ def load_order(
 
 def decompress_module(path: str, data: bytes) -> bytes:
     """Return a module's ELF whatever its file's compression (xz, gzip, zstd, none)."""
+    ended = True
     try:
         if path.endswith(".xz"):
-            data = lzma.LZMADecompressor().decompress(data, _MAX_MODULE_BYTES)
+            xz = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            data, ended = xz.decompress(data, _MAX_MODULE_BYTES), xz.eof
         elif path.endswith(".gz"):
-            data = zlib.decompressobj(wbits=31).decompress(data, _MAX_MODULE_BYTES)
+            gzip = zlib.decompressobj(wbits=31)
+            data, ended = gzip.decompress(data, _MAX_MODULE_BYTES), gzip.eof
         elif path.endswith(".zst"):
-            from banger.kernels.vmlinux import decompress_payload
-
-            data = decompress_payload(data)
+            data = zstd(data, _MAX_MODULE_BYTES, f"the module {path}")
     except (lzma.LZMAError, zlib.error) as error:
         raise InvalidInput(f"the module {path} does not decompress: {error}") from error
+    if not ended:
+        raise InvalidInput(f"the module {path} is cut off or above 64 MiB")
     if data[:4] != b"\x7fELF":
         raise InvalidInput(f"the module {path} is not an ELF")
     return data

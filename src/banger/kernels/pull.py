@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from banger.catalog import kernel_entry
@@ -12,10 +11,7 @@ from banger.host.commands import HostCommands
 from banger.images import artifacts
 from banger.images.artifacts import KernelManifest
 from banger.kernels.debian import build_debian_kernel
-
-VMLINUX = "vmlinux"
-MODULES = "modules.ext4"
-BOOT_MODULES = "boot-modules"
+from banger.kernels.parts import install_parts
 
 
 async def pull_kernel(
@@ -47,25 +43,15 @@ async def pull_kernel(
             entry, output, commands=commands, sink=sink, mirror=mirror, work=work
         )
         sink.stage("installing the kernel")
-        digest = await artifacts.digest_file(output / VMLINUX)
-        (output / MODULES).chmod(0o444)
-        files, allocated = artifacts.measure(output)
-        manifest = KernelManifest(
+        return await install_parts(
+            output,
+            data_dir,
+            parts,
             name=name,
-            release=parts.release,
-            digest=digest,
-            size_bytes=sum(files.values()),
-            allocated_bytes=allocated,
             origin=f"debian:{entry.suite}/{entry.package}",
             description=entry.description,
-            created_at=artifacts.now_rfc3339(),
-            files=files,
-            boot_modules=parts.boot_modules,
+            force=force,
         )
-        await asyncio.to_thread(
-            artifacts.install, output, data_dir, "kernel", manifest, force=force
-        )
-    return manifest
 
 
 def list_kernels(data_dir: Path) -> list[str]:

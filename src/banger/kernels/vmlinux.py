@@ -14,6 +14,8 @@ import zlib
 from banger.errors import InvalidInput, Unavailable
 
 MAX_VMLINUX_BYTES = 512 * 1024 * 1024
+_LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
+_LZ4_BLOCK_BYTES = 8 * 1024 * 1024  # lz4_Frame_format.md: what a legacy block holds at most
 
 # Documentation/arch/x86/boot.rst: offsets into the image.
 _SETUP_SECTS = 0x1F1
@@ -55,10 +57,15 @@ def find_payload(image: bytes) -> bytes:
 
 
 def decompress_payload(payload: bytes) -> bytes:
-    """Return a payload decompressed; what follows the stream (its length, 4 bytes) is ignored."""
+    """Return a payload decompressed; what follows the stream (its length, 4 bytes) is ignored.
+
+    Raises InvalidInput for a stream that does not end, or gives more than MAX_VMLINUX_BYTES.
+    Measured with 58 MB: 0.1 s (zstd), 0.2 (gzip), 0.8 (xz, lzma), 1.5 (bzip2), 1 to 1.6 (lz4, in
+    Python). Call it in a thread.
+    """
     try:
         if payload[:4] == b"\x28\xb5\x2f\xfd":
-            return _zstd(payload)
+            return zstd(payload, MAX_VMLINUX_BYTES, "the kernel's payload")
         if payload[:6] == b"\xfd7zXZ\x00":
             return _bounded(lzma.LZMADecompressor(lzma.FORMAT_XZ), payload)
         if payload[:2] == b"\x1f\x8b":
@@ -68,8 +75,8 @@ def decompress_payload(payload: bytes) -> bytes:
         if payload[:3] == b"BZh":
             return _bounded(bz2.BZ2Decompressor(), payload)
         if payload[:3] == b"\x5d\x00\x00":
-            return _bounded(lzma.LZMADecompressor(lzma.FORMAT_ALONE), payload, has_end=False)
-        if payload[:4] == b"\x02\x21\x4c\x18":
+            return _bounded(lzma.LZMADecompressor(lzma.FORMAT_ALONE), payload)
+        if payload[:4] == _LZ4_LEGACY_MAGIC:
             return lz4_legacy(payload)
     except (lzma.LZMAError, zlib.error, OSError, EOFError) as error:
         raise InvalidInput(f"the kernel's payload does not decompress: {error}") from error
@@ -80,10 +87,8 @@ def decompress_payload(payload: bytes) -> bytes:
     )
 
 
-def _bounded(
-    decoder: lzma.LZMADecompressor | bz2.BZ2Decompressor, payload: bytes, *, has_end: bool = True
-) -> bytes:
-    return _complete(decoder.decompress(payload, MAX_VMLINUX_BYTES), decoder.eof or not has_end)
+def _bounded(decoder: lzma.LZMADecompressor | bz2.BZ2Decompressor, payload: bytes) -> bytes:
+    return _complete(decoder.decompress(payload, MAX_VMLINUX_BYTES), decoder.eof)
 
 
 def _complete(found: bytes, ended: bool) -> bytes:
@@ -92,77 +97,103 @@ def _complete(found: bytes, ended: bool) -> bytes:
     return found
 
 
-def _zstd(payload: bytes) -> bytes:
+def zstd(data: bytes, limit_bytes: int, what: str) -> bytes:
+    """Return one zstd frame decompressed; `what` names it in the errors."""
     try:
         try:
-            from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+            from compression import zstd as codec  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
-            from backports import zstd  # type: ignore[no-redef,unused-ignore]
+            from backports import zstd as codec  # type: ignore[no-redef,unused-ignore]
     except ImportError as error:
         raise Unavailable(
-            "the kernel is compressed with zstd and Python has no decoder for it",
+            f"{what} is compressed with zstd and Python has no decoder for it",
             hint="install the Python package backports.zstd",
         ) from error
-    decoder = zstd.ZstdDecompressor()
+    decoder = codec.ZstdDecompressor()
     try:
-        found: bytes = decoder.decompress(payload, MAX_VMLINUX_BYTES)
-    except zstd.ZstdError as error:
-        raise InvalidInput(f"the kernel's payload does not decompress: {error}") from error
-    return _complete(found, decoder.eof)
+        found: bytes = decoder.decompress(data, limit_bytes)
+    except codec.ZstdError as error:
+        raise InvalidInput(f"{what} does not decompress: {error}") from error
+    if not decoder.eof:
+        raise InvalidInput(f"{what} is cut off or above {limit_bytes >> 20} MiB")
+    return found
 
 
 def lz4_legacy(payload: bytes) -> bytes:
-    """Return a stream of LZ4's legacy frame decompressed (lz4_Frame_format.md, "Legacy frame")."""
+    """Return a stream of LZ4's legacy frame decompressed (lz4_Frame_format.md, "Legacy frame").
+
+    The build of the kernel appends the length of what was compressed, which is checked. A stream
+    without it that is cut between two blocks looks whole: its ELF tells (`elf.read_elf`).
+    """
     out = bytearray()
     position = 4
-    while position + 4 <= len(payload):
+    while position < len(payload):
+        if position + 4 > len(payload):
+            raise InvalidInput("the kernel's lz4 payload is cut off")
         (size,) = struct.unpack_from("<I", payload, position)
+        word = payload[position : position + 4]
         position += 4
-        # The last word is the length of the kernel, which the build appends to the payload.
-        if size == 0 or position + size > len(payload):
+        if word == _LZ4_LEGACY_MAGIC:  # frames may follow each other
+            continue
+        if position == len(payload):
+            if size != len(out):
+                raise InvalidInput(
+                    f"the kernel's lz4 payload is damaged: it gives {len(out)} bytes, not {size}"
+                )
             break
-        _lz4_block(memoryview(payload)[position : position + size], out)
+        if size == 0 or position + size > len(payload):
+            raise InvalidInput("the kernel's lz4 payload is cut off or damaged")
+        _lz4_block(payload[position : position + size], out)
         position += size
         if len(out) > MAX_VMLINUX_BYTES:
-            raise InvalidInput("the kernel's payload is above 512 MiB")
+            raise InvalidInput("the kernel's payload is cut off or above 512 MiB")
     return bytes(out)
 
 
-def _lz4_block(block: memoryview, out: bytearray) -> None:
+def _lz4_block(block: bytes, out: bytearray) -> None:
     # Matches of the legacy frame do not reach over the start of their block.
     floor = len(out)
+    ceiling = floor + _LZ4_BLOCK_BYTES
     position = 0
     try:
         while position < len(block):
             token = block[position]
-            literals, position = _lz4_length(block, position + 1, token >> 4)
-            if position + literals > len(block):
+            position += 1
+            literals = token >> 4
+            if literals == 15:
+                literals, position = _lz4_length(block, position)
+            end = position + literals
+            if end > len(block) or len(out) + literals > ceiling:
                 raise IndexError
-            out += block[position : position + literals]
-            position += literals
+            out += block[position:end]
+            position = end
             if position == len(block):
                 return
             distance = block[position] | block[position + 1] << 8
-            length, position = _lz4_length(block, position + 2, token & 15)
+            position += 2
+            length = token & 15
+            if length == 15:
+                length, position = _lz4_length(block, position)
             length += 4
-            start = len(out) - distance
-            if distance == 0 or start < floor:
+            here = len(out)
+            start = here - distance
+            if distance == 0 or start < floor or here + length > ceiling:
                 raise IndexError
-            while length > 0:  # a match may overlap what it makes
-                piece = out[start : start + length]
-                out += piece
-                start += len(piece)
-                length -= len(piece)
+            if length <= distance:
+                out += out[start : start + length]
+            else:  # the match overlaps what it makes: a pattern, repeated
+                pattern = out[start:]
+                out += (pattern * (length // distance + 1))[:length]
     except IndexError as error:
         raise InvalidInput("the kernel's lz4 payload is damaged") from error
 
 
-def _lz4_length(block: memoryview, position: int, length: int) -> tuple[int, int]:
-    if length == 15:
-        while True:
-            more = block[position]
-            position += 1
-            length += more
-            if more != 255:
-                break
-    return length, position
+def _lz4_length(block: bytes, position: int) -> tuple[int, int]:
+    """Return a length of 15 and what the bytes at `position` add, and the place behind them."""
+    length = 15
+    while True:
+        more = block[position]
+        position += 1
+        length += more
+        if more != 255:
+            return length, position

@@ -64,12 +64,20 @@ class ArtifactService:
 
     async def check(self, name: str) -> None:
         """Raise NotFound unless the artifact is installed, Corrupted unless it reads back."""
+        await self.read(name)
+
+    async def read(self, name: str) -> Wire:
+        """Return an installed artifact's `api.models` shape without `used_by`; see `check`."""
         if name not in await asyncio.to_thread(self._source.installed):
             raise NotFound(
                 f"the {self._source.kind} {name} is not installed",
                 hint=f"pull it: `banger {self._source.kind} pull {name}`",
             )
-        await asyncio.to_thread(self._source.wire, name)
+        return await asyncio.to_thread(self._source.wire, name)
+
+    async def is_installed(self, name: str) -> bool:
+        """Tell whether an artifact is in the store."""
+        return name in await asyncio.to_thread(self._source.installed)
 
     async def ensure(self, name: str, sink: EventSink) -> None:
         """Have an artifact installed, pulling it when absent."""
@@ -98,13 +106,19 @@ class ArtifactService:
         await self._pulls.run(name, sink, lambda all_: self._make(name, all_, force=True))
         return await self._describe(name)
 
-    async def delete(self, name: str) -> None:
-        """Remove an artifact; raise Conflict naming the VMs that use it."""
+    async def delete(self, name: str, *, although_used: bool = False) -> list[str]:
+        """Remove an artifact and return the VMs that used it.
+
+        Raises Conflict naming them, unless `although_used`.
+        """
         if name not in await asyncio.to_thread(self._source.installed):
             await self._need_known(name)
             raise NotFound(f"the {self._source.kind} {name} is not installed")
-        await self._need_unused(name, "deleted")
+        if not although_used:
+            await self._need_unused(name, "deleted")
+        users = await self._used_by(name)
         await asyncio.to_thread(self._source.delete, name)
+        return users
 
     async def _describe(self, name: str) -> Wire:
         try:

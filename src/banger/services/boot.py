@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from banger.guest.boot import (
 )
 from banger.host.commands import HostCommands
 from banger.images.ext4 import make_disk
+from banger.images.pull import rootfs_path
 from banger.store.layout import Layout, VmFiles
 from banger.store.vms import VmRow
 from banger.vmm.base import VmSpec
@@ -55,8 +57,12 @@ class BootFiles:
         *,
         guest_network: GuestNetwork | None,
         drives_by_serial: bool,
+        environment: Mapping[str, str],
     ) -> VmSpec:
-        """Write the initramfs of one boot and return the machine to start."""
+        """Write the initramfs of one boot and return the machine to start.
+
+        `environment` is what the image says its processes get.
+        """
         kernel = self.layout.data / "kernels" / row.kernel
         segment = await asyncio.to_thread(base_segment, kernel, cache_dir=self.layout.cache)
         keys = (vm_files.host_key, vm_files.host_key.with_suffix(".pub"))
@@ -67,6 +73,8 @@ class BootFiles:
             drives=DRIVES_BY_SERIAL if drives_by_serial else DRIVES_BY_ORDER,
             authorized_key=authorized_key,
             host_keys={key.name: key.read_bytes() for key in keys},
+            environment=environment,
+            with_sshd=row.with_sshd,
         )
         await asyncio.to_thread(write_initramfs, vm_files.initramfs, segment, config)
         return VmSpec(
@@ -77,7 +85,7 @@ class BootFiles:
             kernel=kernel / "vmlinux",
             initramfs=vm_files.initramfs,
             command_line=kernel_command_line(choice.accel, choice.vmm),
-            base_disk=self.layout.data / "images" / row.image / "rootfs.ext4",
+            base_disk=await asyncio.to_thread(rootfs_path, self.layout.data, row.image),
             own_disk=vm_files.disk,
             modules_disk=kernel / "modules.ext4",
             directory=vm_files.directory,

@@ -170,20 +170,6 @@ class OperationManager:
             del self._operations[old]
 
 
-async def together(*steps: Coroutine[Any, Any, object]) -> None:
-    """Run steps side by side; the first failure cancels the others and is raised once they ended.
-
-    (asyncio.gather lets the others go on unseen, a TaskGroup wraps the error.)
-    """
-    tasks = [asyncio.create_task(step) for step in steps]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 class SharedSteps:
     """Joins equal steps: the second caller of a key gets the first one's progress and result.
 

@@ -38,11 +38,11 @@ from banger.guest import agent
 from banger.guest.transport import endpoint_to_wire
 from banger.host import files
 from banger.host.process import ProcessIdentity, boot_id
-from banger.services.artifacts import ArtifactService
+from banger.host.tasks import together
+from banger.services.artifacts import ArtifactService, Wire
 from banger.services.boot import BootFiles
 from banger.services.identity import IdentityService
 from banger.services.networks import NetworkService, check_network, publish_text
-from banger.services.operations import together
 from banger.services.vm_states import check_transition
 from banger.store.layout import Layout, VmFiles
 from banger.store.vms import VmRepository, VmRow, name_taken
@@ -159,9 +159,13 @@ class VmService:
             "uptime_s": (datetime.now(UTC) - started).total_seconds() if started else 0.0,
         }
 
-    async def used_by(self, column: str, artifact: str) -> list[str]:
-        """Return the names of VMs whose `image` or `kernel` is this artifact."""
-        return [row.name for row in await self._rows.all() if getattr(row, column) == artifact]
+    async def used_by(self, column: str, artifact: str, *, running: bool = False) -> list[str]:
+        """Return the names of VMs whose `image` or `kernel` is this artifact.
+
+        With `running` those only that have a VMM, or are about to.
+        """
+        rows = [row for row in await self._rows.all() if getattr(row, column) == artifact]
+        return [row.name for row in rows if not running or row.state != "stopped"]
 
     @property
     def choice(self) -> VmmChoice:
@@ -215,8 +219,7 @@ class VmService:
         await self._networks.check(row.network)
         if request.get("start", False):
             await self._networks.check_ports(row)
-        # Both at once: the kernel is small and waits for nobody.
-        await together(self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink))
+        row = await self._ensure_artifacts(row, request, sink)
         sink.stage(f"create {name}")
         async with self._locks[row.id]:
             row = await self._make(row)
@@ -236,6 +239,20 @@ class VmService:
             with contextlib.suppress(NotFound):  # deleted by somebody else meanwhile
                 await self.delete(row.id)
             raise
+
+    async def _ensure_artifacts(self, row: VmRow, request: VmCreate, sink: EventSink) -> VmRow:
+        """Have a VM's image and kernel installed, and give its row what the image decides."""
+        if not await self._images.is_installed(row.image):
+            # Both at once: the kernel is small and waits for nobody.
+            await together(
+                self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink)
+            )
+        image = await self._images.read(row.image)
+        row = replace(row, kernel=_kernel_for(row, request, image))
+        await self._kernels.ensure(row.kernel, sink)
+        # An imported image knows its platform. Those of the catalog have an sshd of their own.
+        imported = bool(image.get("platform"))
+        return replace(row, with_sshd=request.get("with_sshd", imported))
 
     def _keep_logs(self, vm_files: VmFiles) -> None:
         kept = files.make_private_directory(self._layout.last_failed_boot)
@@ -353,7 +370,8 @@ class VmService:
                     hint=f"put it back, or `banger vm delete {row.name}`",
                 )
             choice = self._choose(row.vmm)
-            await together(self._images.check(row.image), self._kernels.check(row.kernel))
+            image = await self._images.read(row.image)
+            await self._kernels.check(row.kernel)
             authorized_key = await self._identity.authorized_key()
             row = await self._make_unique(row, jailed=self._vmms[choice.vmm].capabilities.jailed)
             for attempt in range(1, _BOOT_TRIES + 1):
@@ -367,7 +385,7 @@ class VmService:
                 )
                 sink.stage(f"boot {row.name} ({choice.vmm}, {choice.accel})")
                 try:
-                    row = await self._boot_once(row, choice, authorized_key)
+                    row = await self._boot_once(row, choice, authorized_key, image)
                     break
                 except TimedOut:
                     if attempt == _BOOT_TRIES:
@@ -376,7 +394,9 @@ class VmService:
         self._watch(row)
         return self._wire(row)
 
-    async def _boot_once(self, row: VmRow, choice: VmmChoice, authorized_key: str) -> VmRow:
+    async def _boot_once(
+        self, row: VmRow, choice: VmmChoice, authorized_key: str, image: Wire
+    ) -> VmRow:
         vm_files = self._layout.vm(row.id)
         vmm = self._vmms[choice.vmm]
         process: ProcessIdentity | None = None
@@ -392,6 +412,7 @@ class VmService:
                     authorized_key,
                     guest_network=self._networks.guest_network(row),
                     drives_by_serial=vmm.capabilities.drives_by_serial,
+                    environment=image.get("env", {}),
                 )
             joined = await self._networks.join(row, self._rows.update)
             row = joined.row
@@ -675,6 +696,7 @@ class VmService:
             "publish": row.publish.split(),
             "address": row.address,
             "dns_name": None if row.address is None else f"{row.name}.vm",
+            "with_sshd": row.with_sshd,
             "ephemeral": row.owner_pid is not None,
             "pid": row.pid,
             "created_at": row.created_at,
@@ -683,6 +705,11 @@ class VmService:
             "console_log": str(vm_files.console_log),
             "vmm_log": str(vm_files.vmm_log),
         }
+
+
+def _kernel_for(row: VmRow, request: VmCreate, image: Wire) -> str:
+    """Return the kernel asked for, else the one the image names, else the default."""
+    return request.get("kernel") or image.get("kernel") or row.kernel
 
 
 def _random_mac() -> str:

@@ -44,6 +44,7 @@ class VmRow:
     address: str | None = None
     tap: str | None = None
     jail_uid: int | None = None
+    with_sshd: bool = False
 
     @property
     def process(self) -> ProcessIdentity | None:
@@ -134,7 +135,8 @@ class VmRepository:
 
 def _row(columns: dict[str, Any]) -> VmRow:
     # SQLite has no booleans.
-    return VmRow(**{**columns, "nat": bool(columns["nat"]), "isolated": bool(columns["isolated"])})
+    booleans = {name: bool(columns[name]) for name in ("nat", "isolated", "with_sshd")}
+    return VmRow(**{**columns, **booleans})
 
 
 def name_taken(name: str) -> Conflict:

@@ -15,6 +15,7 @@ import pytest
 from banger.cli import completion
 from banger.cli.commands import NOUNS
 from banger.guest import ssh
+from banger.guest.agent import ExecRequest
 from banger.paths import Paths
 from tests.unit.cli.conftest import Cli
 from tests.unit.client.fake_daemon import FakeDaemon, make_vm
@@ -59,19 +60,22 @@ def test_artifacts(noun: str, cli: Cli, daemon: FakeDaemon) -> None:
     entry = {
         "name": "thing", "installed": True, "digest": "sha256:1", "size_bytes": 1, "disk_bytes": 2,
         "origin": "debian", "created_at": "2026", "description": "A thing", "used_by": ["box"],
-        "release": "6.12",
+        "release": "6.12", "platform": "", "kernel": "", "user": "root", "env": {},
+        "entrypoint": ["/bin/run it"], "command": [], "working_dir": "",
     }  # fmt: skip
     other = {**entry, "name": "other", "installed": False, "used_by": []}
     base = f"/v1/{noun}s"
     daemon.answers[f"GET {base}"] = [entry, other]
     daemon.answers[f"GET {base}/thing"] = entry
-    daemon.answers[f"POST {base}/thing/pull"] = daemon.operation(result=entry)
+    pull = base if noun == "image" else f"{base}/thing/pull"
+    daemon.answers[f"POST {pull}"] = daemon.operation(result=entry)
     daemon.answers[f"DELETE {base}/thing"] = {"ok": True}
     assert "A thing" in cli.run(noun, "list").out
     assert cli.run(noun, "ls", "-q").out == "thing\n"
     assert "sha256:1" in cli.run(noun, "show", "thing").out
     assert cli.run(noun, "pull", "--force", "thing").out == "thing\n"
-    assert asked(daemon)[-1] == (f"{base}/thing/pull", {"force": True})
+    body = {"force": True, **({"source": "thing"} if noun == "image" else {})}
+    assert asked(daemon)[-1] == (pull, body)
     for verb in ("rm", "delete"):
         ran = cli.run(noun, verb, "thing", "missing")
         assert ran.status == 125
@@ -371,7 +375,7 @@ def reachable(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> list[list[
     started: list[list[str]] = []
     endpoint = {"kind": "unix", "path": "/nonexistent"}
     daemon.answers["GET /v1/vms/box/connection"] = {"vm": make_vm(), "endpoint": endpoint}
-    monkeypatch.setattr(agent, "probe_port", lambda *_, **__: True)
+    monkeypatch.setattr(agent, "find_shell", lambda *_: agent.Shell([b"/bin/bash"], "up"))
 
     def become(path: str, argv: list[str]) -> None:
         started.append([path, *argv[1:]])
@@ -400,26 +404,116 @@ def test_ssh_becomes_the_systems_ssh(cli: Cli, paths: Paths, reachable: list[lis
     assert stat.S_IMODE(os.stat(config).st_mode) == 0o600
 
 
-def test_ssh_of_a_silent_guest_says_what_else_there_is(
-    cli: Cli, reachable: list[list[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def entered(reachable: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> list[ExecRequest]:
+    """What the agent was asked to run in a VM whose sshd does not listen."""
+    from banger.cli import vm_exec
+    from banger.guest import agent
+
+    requests: list[ExecRequest] = []
+
+    def execute(_: Any, request: ExecRequest, *, json: bool) -> int:
+        requests.append(request)
+        return 5
+
+    monkeypatch.setattr(vm_exec, "execute", execute)
+    monkeypatch.setattr(agent, "find_shell", lambda *_: agent.Shell([b"/bin/bash"], "none"))
+    return requests
+
+
+def test_ssh_without_an_sshd_enters_through_the_agent_at_once(
+    cli: Cli, reachable: list[list[str]], entered: list[ExecRequest]
+) -> None:
+    assert cli.run("vm", "ssh", "box") == (5, "", "")
+    assert cli.run("vm", "ssh", "box", "--", "cd /srv && ls").status == 5
+    assert cli.run("vm", "ssh", "-t", "box", "--", "printf", "%s", "a b").status == 5
+    assert [request.argv for request in entered] == [
+        [b"/bin/bash"],
+        [b"/bin/bash", b"-c", b"cd /srv && ls"],
+        [b"printf", b"%s", b"a b"],
+    ]
+    assert [request.tty is not None for request in entered] == [False, False, True]
+    assert reachable == []
+    ran = cli.run("vm", "ssh", "-L", "8080:localhost:80", "box")
+    assert ran.status == 125
+    assert "--with-sshd" in ran.err
+
+
+def test_ssh_of_a_silent_guest_enters_through_the_agent_after_its_time(
+    cli: Cli, entered: list[ExecRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from banger.guest import agent
 
     waits: list[float] = []
+    monkeypatch.setattr(agent, "find_shell", lambda *_: agent.Shell([b"/bin/sh"], "coming"))
     monkeypatch.setattr(agent, "probe_port", lambda *_, wait_s: waits.append(wait_s))
     ran = cli.run("vm", "ssh", "box")
-    assert ran.status == 125
-    assert "banger vm exec -it box -- sh" in ran.err
-    assert waits == [0.0, 180.0]
+    assert (ran.status, ran.out) == (5, "")
+    assert "banger vm logs box" in ran.err
+    assert waits == [180.0]
 
 
-def test_ssh_that_is_not_installed_has_a_way_around(
-    cli: Cli, reachable: list[list[str]], monkeypatch: pytest.MonkeyPatch
+def test_a_host_without_ssh_enters_through_the_agent(
+    cli: Cli, entered: list[ExecRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    ran = cli.run("vm", "ssh", "box")
+    assert cli.run("vm", "ssh", "box").status == 5
+    assert entered[0].argv == [b"/bin/bash"]
+
+
+def test_an_image_without_a_shell_says_what_works(
+    cli: Cli, daemon: FakeDaemon, entered: list[ExecRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from banger.guest import agent
+
+    monkeypatch.setattr(agent, "find_shell", lambda *_: agent.Shell(None, "none"))
+    daemon.answers["POST /v1/vms"] = daemon.operation(result=make_vm())
+    for words in (("vm", "ssh", "box"), ("vm", "ssh", "box", "--", "ls"), ("vm", "run")):
+        ran = cli.run(*words)
+        assert ran.status == 125
+        assert "no shell" in ran.err
+        assert "banger vm exec box -- PROGRAM" in ran.err
+    assert cli.run("vm", "ssh", "box", "--", "/app", "x").status == 5
+
+
+IMAGE = {
+    "name": "app", "installed": True, "user": "1000:app", "env": {"A": "image"},
+    "entrypoint": ["/app", "-v"], "command": ["serve"], "working_dir": "/srv",
+}  # fmt: skip
+
+
+def test_entrypoint_runs_as_docker_would(
+    cli: Cli, daemon: FakeDaemon, entered: list[ExecRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from banger.guest import agent
+
+    made: list[bytes] = []
+    monkeypatch.setattr(agent, "stat_path", lambda *_: None)
+    monkeypatch.setattr(agent, "put_tar", lambda _, path, *__: made.append(path))
+    daemon.answers["GET /v1/images/app"] = IMAGE
+    daemon.answers["GET /v1/images/debian-bookworm"] = IMAGE  # what make_vm's is
+    daemon.answers["POST /v1/vms"] = daemon.operation(result=make_vm())
+    run = ("vm", "run", "--image", "app", "--entrypoint")
+    assert cli.run(*run).status == 5
+    assert cli.run(*run, "--", "check", "it").status == 5
+    assert cli.run(*run, "--user", "root", "--cwd", "/", "--rm", "--env", "B=1").status == 5
+    first, second, third = entered
+    assert (first.argv, first.user, first.cwd) == ([b"/app", b"-v", b"serve"], "1000:app", b"/srv")
+    assert second.argv == [b"/app", b"-v", b"check", b"it"]
+    assert (third.user, third.cwd, third.env) == ("root", b"/", {b"B": b"1"})
+    assert made == [b"/srv", b"/srv"]
+    bodies = [body for path, body in asked(daemon) if path == "/v1/vms"]
+    assert ["with_sshd" in body for body in bodies] == [False, False, True]
+
+
+def test_entrypoint_of_an_image_with_none_is_told_before_a_vm_is_made(
+    cli: Cli, daemon: FakeDaemon
+) -> None:
+    daemon.answers["GET /v1/images/app"] = {**IMAGE, "entrypoint": [], "command": []}
+    ran = cli.run("vm", "run", "--image", "app", "--entrypoint")
     assert ran.status == 125
-    assert "banger vm exec -it box -- bash" in ran.err
+    assert "names neither an entrypoint nor a command" in ran.err
+    assert asked(daemon) == []
 
 
 def test_run_of_an_existing_name_enters_it_again(

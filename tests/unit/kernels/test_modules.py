@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from banger.errors import InvalidInput
 from banger.kernels import debian, modules
-from tests.unit.kernels.test_vmlinux import ELF, bzimage
+from tests.support.kernels import bzimage
+from tests.unit.kernels.test_vmlinux import ELF
 
 DEP = """\
 kernel/drivers/virtio/virtio_mmio.ko.xz:
@@ -56,6 +57,12 @@ def test_a_cycle_is_refused() -> None:
         modules.load_order(("a",), graph, frozenset())
 
 
+def test_a_chain_without_end_is_refused() -> None:
+    graph = {f"m{n}": (f"m{n}.ko", (f"m{n + 1}",)) for n in range(5000)}
+    with pytest.raises(InvalidInput, match="chain"):
+        modules.load_order(("m0",), graph, frozenset())
+
+
 def test_a_kernel_without_virtio_blk_is_refused() -> None:
     graph = modules.parse_dependencies(DEP)
     del graph["virtio_blk"]
@@ -72,7 +79,16 @@ def test_a_module_is_decompressed(path: str, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "data"), [("a.ko", b"text"), ("a.ko.xz", b"xx"), ("a.ko.gz", b"yy")]
+    ("path", "data"),
+    [
+        ("a.ko", b"text"),
+        ("a.ko.xz", b"xx"),
+        ("a.ko.gz", b"yy"),
+        ("a.ko.zst", b"zz"),
+        ("a.ko.xz", lzma.compress(ELF)[:-40]),
+        ("a.ko.gz", gzip.compress(ELF)[:-9]),
+        ("a.ko.gz", gzip.compress(ELF + bytes(65 << 20))),
+    ],
 )
 def test_a_damaged_module_is_refused(path: str, data: bytes) -> None:
     with pytest.raises(InvalidInput):

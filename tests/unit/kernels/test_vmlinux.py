@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from banger.errors import BangerError, InvalidInput
 from banger.kernels import vmlinux
+from tests.support.kernels import bzimage
 
 try:
     from compression import zstd
@@ -20,17 +21,6 @@ except ImportError:
     from backports import zstd
 
 ELF = b"\x7fELF" + bytes(range(256)) * 40
-
-
-def bzimage(payload: bytes, *, version: int = 0x020F) -> bytes:
-    """Return a kernel image with a setup of four sectors before its payload."""
-    setup = bytearray(512 * 5)
-    setup[0x1F1] = 4
-    struct.pack_into("<H", setup, 0x1FE, 0xAA55)
-    setup[0x202:0x206] = b"HdrS"
-    struct.pack_into("<H", setup, 0x206, version)
-    struct.pack_into("<II", setup, 0x248, 64, len(payload))
-    return bytes(setup) + bytes(64) + payload + b"after"
 
 
 def lz4_legacy(data: bytes) -> bytes:
@@ -74,6 +64,11 @@ def test_an_elf_is_taken_as_it_is() -> None:
         bzimage(gzip.compress(ELF)[:-400]),
         bzimage(lzma.compress(ELF)[:-50]),
         bzimage(zstd.compress(ELF)[:-10]),
+        bzimage(bz2.compress(ELF)[:-10]),
+        bzimage(lzma.compress(ELF, format=lzma.FORMAT_ALONE)[:-50]),
+        bzimage(lz4_legacy(ELF)[:-10]),
+        bzimage(lz4_legacy(ELF) + struct.pack("<I", len(ELF) + 1)),
+        bzimage(lz4_legacy(ELF) + b"\x01\x02"),
         bzimage(gzip.compress(b"no elf")),
         bzimage(b"????" * 10),
         bzimage(b"\x02\x21\x4c\x18" + struct.pack("<I", 4) + b"\x01A\xff\xff"),
@@ -97,3 +92,17 @@ def test_lz4_matches_may_overlap_themselves() -> None:
     block = b"\x26ab\x02\x00" + b"\x50END__"
     frame = b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block
     assert vmlinux.lz4_legacy(frame) == b"ab" * 6 + b"END__"
+
+
+def test_lz4_frames_may_follow_each_other() -> None:
+    assert vmlinux.lz4_legacy(lz4_legacy(ELF) + lz4_legacy(ELF)) == ELF * 2
+
+
+@pytest.mark.parametrize("kind", ["match", "literals"])
+def test_an_lz4_block_gives_no_more_than_a_block_holds(kind: str) -> None:
+    # A length is as many bytes of 255 as one likes: 40 KB of block would be 10 MB.
+    long = b"\xff" * 40_000 + b"\x00"
+    block = b"\x1fa\x01\x00" + long if kind == "match" else b"\xf0" + long + bytes(10_200_015)
+    frame = b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block
+    with pytest.raises(InvalidInput, match="damaged"):
+        vmlinux.lz4_legacy(frame)

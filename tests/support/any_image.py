@@ -1,0 +1,165 @@
+"""Images that say nothing of banger: with every init that Debian packages, with none, with no shell.
+
+They are made once and kept under the CI cache, keyed by their recipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from banger.host.commands import HostCommands
+from banger.host.locks import locked
+from banger.images import artifacts
+from banger.images.artifacts import ImageManifest
+from banger.images.ext4 import build_ext4
+from tests.support.artifacts import cache_root
+
+_BUSYBOX = Path("/bin/busybox")
+_MMDEBSTRAP_TIMEOUT_S = 900
+_DAMAGED = 'rm -rf "$1"/etc/resolv.conf; ln -s /run/systemd/resolve/stub.conf "$1"/etc/resolv.conf'
+_TOOL = (
+    'mkdir -p "$1"/opt/app/bin; printf "#!/bin/sh\\necho own tool\\n" >"$1"/opt/app/bin/tool; '
+    'chmod 755 "$1"/opt/app/bin/tool'
+)
+# In place of a service manager's own set-up: no package of Debian makes s6 PID 1.
+_S6_INIT = (
+    'printf "#!/bin/sh -e\\nmkdir -p /run/service\\nexec s6-svscan /run/service\\n" '
+    '>"$1"/sbin/init; chmod 755 "$1"/sbin/init'
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an image is made: Debian packages and hooks, or files that are all busybox."""
+
+    name: str
+    pid1: bytes  # how /proc/1/cmdline begins
+    include: str = ""
+    hooks: Sequence[str] = ()
+    busybox: Sequence[str] = ()  # paths; with none it is a Debian
+    links: dict[str, str] = field(default_factory=dict)
+    said: dict[str, object] = field(default_factory=dict)  # of the ImageManifest
+    has_shell: bool = True
+
+
+_APP_PATH = "/opt/app/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_APPLETS = ("sh", "cat", "echo", "true", "sleep", "ls", "env", "httpd", "wget", "tty", "id", "pwd")
+
+RECIPES = (
+    Recipe(
+        "slim",
+        b"/init\0",
+        # A container's Debian: no init, though a link to one; the resolver's file leads nowhere.
+        hooks=(
+            'ln -sf /lib/systemd/systemd "$1"/sbin/init',
+            _DAMAGED,
+            _TOOL,
+        ),
+        said={
+            "default_user": "www-data",
+            "default_env": {"PATH": _APP_PATH, "APP": "it's the image's $x"},
+            "entrypoint": ("sh", "-c", 'echo "$(id -un) $(pwd) $APP:" "$@"', "sh"),
+            "command": ("default", "command"),
+            "working_dir": "/srv/app",
+            "platform": "linux/amd64",
+        },
+    ),
+    Recipe("no-init", b"/init\0", busybox=["bin/busybox"],
+           links={f"bin/{name}": "busybox" for name in _APPLETS}),
+    Recipe("busybox-init", b"init\0", busybox=["bin/busybox"],
+           links={**{f"bin/{name}": "busybox" for name in _APPLETS}, "sbin/init": "/bin/busybox"}),
+    Recipe("openrc", b"init [", include="openrc,sysvinit-core"),
+    Recipe("runit", b"runit\0", include="runit-init"),
+    Recipe("s6", b"s6-svscan\0", include="s6", hooks=(_S6_INIT,)),
+    Recipe(
+        "distroless",
+        b"/init\0",
+        busybox=[f"app/{name}" for name in ("cat", "httpd", "env", "sleep", "echo", "true", "wget")],
+        said={"default_env": {"PATH": "/app"}, "entrypoint": ("echo", "hello"), "platform": "linux/amd64"},
+        has_shell=False,
+    ),
+)  # fmt: skip
+
+
+def need_any_image(recipe: Recipe) -> Path:
+    """Return the directory of an installed image, making it when absent."""
+    text = json.dumps(asdict(recipe), default=str, sort_keys=True)
+    digest = hashlib.sha256(text.encode() + _BUSYBOX.read_bytes()).hexdigest()[:12]
+    store = cache_root() / f"any-image-{recipe.name}-{digest}"
+    installed = store / "images" / recipe.name
+    with locked(cache_root() / f".any-image-{recipe.name}.lock"):
+        if not installed.exists():
+            for other in cache_root().glob(f"any-image-{recipe.name}-*"):
+                shutil.rmtree(other)
+            asyncio.run(_make(recipe, store))
+    return installed
+
+
+async def _make(recipe: Recipe, store: Path) -> None:
+    commands = HostCommands()
+    async with artifacts.staging(store, "image", recipe.name) as staged:
+        tar = staged / "rootfs.tar"
+        tar.write_bytes(_busybox_tar(recipe)) if recipe.busybox else _debian_tar(recipe, tar)
+        made = staged / "image"
+        made.mkdir()
+        await build_ext4(tar, made / "rootfs.ext4", label=recipe.name, commands=commands)
+        files, allocated = artifacts.measure(made)
+        manifest = ImageManifest(
+            name=recipe.name,
+            digest=await artifacts.digest_file(made / "rootfs.ext4"),
+            size_bytes=files["rootfs.ext4"],
+            allocated_bytes=allocated,
+            origin="a test",
+            description="",
+            created_at=artifacts.now_rfc3339(),
+            files=files,
+            **recipe.said,  # type: ignore[arg-type]
+        )
+        artifacts.install(made, store, "image", manifest, force=False)
+
+
+def _debian_tar(recipe: Recipe, output: Path) -> None:
+    done = subprocess.run(
+        [
+            # In a namespace of its own, as the product does: killed, it leaves no mount of the host's.
+            *(["unshare", "--mount", "--propagation", "private", "--"] if os.getuid() == 0 else []),
+            "mmdebstrap", "--variant=minbase", '--aptopt=Acquire::Languages "none"',
+            "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
+            *([f"--include={recipe.include}"] if recipe.include else []),
+            *(f"--customize-hook={hook}" for hook in recipe.hooks),
+            "bookworm", str(output),
+        ],
+        capture_output=True, text=True, timeout=_MMDEBSTRAP_TIMEOUT_S, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"mmdebstrap of {recipe.name}: {done.stderr[-2000:]}")
+
+
+def _busybox_tar(recipe: Recipe) -> bytes:
+    out = io.BytesIO()
+    data = _BUSYBOX.read_bytes()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name in sorted({os.path.dirname(path) for path in (*recipe.busybox, *recipe.links)}):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(entry)
+        for path in recipe.busybox:
+            entry = tarfile.TarInfo(path)
+            entry.size, entry.mode = len(data), 0o755
+            tar.addfile(entry, io.BytesIO(data))
+        for path, target in recipe.links.items():
+            entry = tarfile.TarInfo(path)
+            entry.type, entry.linkname = tarfile.SYMTYPE, target
+            tar.addfile(entry)
+    return out.getvalue()
