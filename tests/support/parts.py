@@ -73,6 +73,20 @@ class PlainBoot(BootFiles):
         drives_by_serial: bool,
         environment: Mapping[str, str],
     ) -> VmSpec:
+        return self._plain(row, vm_files, choice)
+
+    async def prepare_export(
+        self,
+        row: VmRow,
+        vm_files: VmFiles,
+        choice: VmmChoice,
+        authorized_key: str,
+        *,
+        drives_by_serial: bool,
+    ) -> VmSpec:
+        return self._plain(row, vm_files, choice)
+
+    def _plain(self, row: VmRow, vm_files: VmFiles, choice: VmmChoice) -> VmSpec:
         present = vm_files.directory / "present"
         present.write_bytes(b"")
         vm_files.initramfs.write_bytes(b"")

@@ -223,8 +223,6 @@ class _spooled:  # noqa: N801 - reads as the statement it is
             self._progress.progress(done)
         name = source.removeprefix(_STDIN)
         self._request["source"] = f"docker-archive:{self._path}{name}"
-        if not name and "name" not in self._request:
-            self._request["name"] = "docker-archive"
 
     def __exit__(self, *_: object) -> None:
         if self._path:

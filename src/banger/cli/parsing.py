@@ -151,7 +151,9 @@ def add_creation(parser: argparse.ArgumentParser) -> None:
     """Add what `vm run` and `vm create` make a VM of."""
     group = parser.add_argument_group("the machine")
     group.add_argument("--name", help="the VM's name (default: one is made up)")
-    group.add_argument("--image", help="the image it starts from (see `banger image list`)")
+    group.add_argument(
+        "--image", help="the image it starts from: a name, or what `image pull` takes"
+    )
     group.add_argument("--kernel", help="the kernel it boots (see `banger kernel list`)")
     group.add_argument("--vcpu", metavar="N", help="virtual CPUs (default: from the host)")
     group.add_argument("--memory", metavar="SIZE", help="memory, such as 4G or 512M")

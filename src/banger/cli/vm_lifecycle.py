@@ -45,6 +45,10 @@ def creation_request(args: argparse.Namespace) -> VmCreate:
 
             check_vm_name(value)
             request["name"] = value
+        elif field == "image" and ":" in value:
+            from banger.cli.images import absolute_source
+
+            request["image"] = absolute_source(value)
         else:
             request[field] = value
     return cast("VmCreate", request)

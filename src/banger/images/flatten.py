@@ -86,6 +86,7 @@ def open_layer(layer: Layer, limits: Limits, *, hashed: bool = False) -> Iterato
 def index_layer(tree: Tree, layer: Layer, progress: Any = None) -> None:
     """Apply a layer's members to the tree; raise InvalidInput or Corrupted for a bad layer."""
     number = tree.begin_layer()
+    content_end = 0
     with open_layer(layer, tree.limits, hashed=layer.diff_id.startswith("sha256:")) as stream:
         try:
             with tarfile.open(
@@ -96,6 +97,7 @@ def index_layer(tree: Tree, layer: Layer, progress: Any = None) -> None:
                 errors="surrogateescape",
             ) as archive:
                 for info in archive:
+                    content_end = info.offset_data + (0 if info.sparse else info.size)
                     archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
                     member = member_of(info, number)
                     if member is not None:
@@ -103,7 +105,10 @@ def index_layer(tree: Tree, layer: Layer, progress: Any = None) -> None:
                     if progress is not None:
                         progress(stream.tell())
         except tarfile.ReadError as error:
-            if "empty file" not in str(error):
+            # umoci writes layers that end with the last file's last byte. What was cut elsewhere
+            # ends before it, and its digest would differ anyway.
+            is_whole = 0 < content_end <= stream.tell()
+            if "empty file" not in str(error) and not is_whole:
                 raise Corrupted(f"a layer's tar does not read: {error}") from error
         except (tarfile.TarError, ValueError, OverflowError, IndexError) as error:
             raise Corrupted(f"a layer's tar does not read: {error}") from error

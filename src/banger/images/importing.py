@@ -59,7 +59,11 @@ OpenRegistry = Callable[[RegistryRef, EventSink], AbstractAsyncContextManager[Bl
 
 @dataclass(frozen=True, slots=True)
 class ImportRequest:
-    """What to import and what to call it; without `size_bytes` the file system fits its files."""
+    """What to import and what to call it; without `size_bytes` the file system fits its files.
+
+    `like` is an image whose manifest says what a root file system cannot say of itself; `origin`
+    names the source where its path does not.
+    """
 
     source: Layered | RootfsRef
     name: str
@@ -68,6 +72,8 @@ class ImportRequest:
     platform: str = ""
     size_bytes: int | None = None
     force: bool = False
+    origin: str = ""
+    like: ImageManifest | None = None
 
 
 @dataclass(slots=True)
@@ -96,6 +102,7 @@ async def import_image(
     for what no image may hold, and what the source raises.
     """
     platform = parse_platform(request.platform) if request.platform else host_platform()
+    origin = request.origin or request.source.origin
     if not request.force and artifacts.artifact_directory(data_dir, "image", request.name).exists():
         raise Conflict(
             f"image {request.name} is installed already",
@@ -117,8 +124,8 @@ async def import_image(
             digest=digest,
             size_bytes=files[ROOTFS],
             allocated_bytes=allocated,
-            origin=request.source.origin,
-            description=request.description or f"imported from {request.source.origin}",
+            origin=origin,
+            description=request.description or f"imported from {origin}",
             created_at=artifacts.now_rfc3339(),
             files=files,
             default_user=layers.defaults.user,
@@ -150,7 +157,11 @@ async def _layers_of(
 ) -> AsyncIterator[_Layers]:
     source = request.source
     if isinstance(source, RootfsRef):
-        yield await _rootfs_layer(Path(source.path), platform, work, commands, sink)
+        layers = await _rootfs_layer(Path(source.path), platform, work, commands, sink)
+        if request.like is not None:
+            layers.defaults = _defaults_of(request.like)
+            layers.platform = request.like.platform
+        yield layers
         return
     async with contextlib.AsyncExitStack() as stack:
         opened: BlobSource
@@ -184,8 +195,11 @@ async def _layers_of(
 
             return wait
 
+        # Elsewhere the packed bytes were verified; hashing the unpacked ones too would take half
+        # as long again as inflating them.
+        named_by_content = isinstance(source, DockerArchiveRef)
         each = [
-            waiter(layer, diff_id)
+            waiter(layer, diff_id if named_by_content else "")
             for layer, diff_id in zip(image.layers, image.diff_ids, strict=True)
         ]
         try:
@@ -194,6 +208,16 @@ async def _layers_of(
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+def _defaults_of(manifest: ImageManifest) -> Defaults:
+    return Defaults(
+        user=manifest.default_user,
+        env=manifest.default_env,
+        entrypoint=manifest.entrypoint,
+        command=manifest.command,
+        working_dir=manifest.working_dir,
+    )
 
 
 async def _rootfs_layer(

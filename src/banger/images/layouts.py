@@ -31,7 +31,7 @@ from banger.images.oci import (
     decode,
     digest_of,
 )
-from banger.images.reference import DockerArchiveRef, LayoutRef, OciArchiveRef
+from banger.images.reference import DockerArchiveRef, LayoutRef, OciArchiveRef, parse_source
 from banger.images.unpacking import MAX_HEADER_BYTES, sniff
 
 _REF_NAME = "org.opencontainers.image.ref.name"
@@ -295,6 +295,22 @@ async def open_archive(ref: OciArchiveRef | DockerArchiveRef) -> LayoutSource | 
     if isinstance(ref, OciArchiveRef):
         return LayoutSource(files, ref.origin, ref.tag)
     return DockerArchiveSource(files, ref.origin, ref.name)
+
+
+def name_in_archive(ref: DockerArchiveRef) -> DockerArchiveRef:
+    """Return a reference to the one image of an archive by its name, if it has one."""
+    if ref.name is not None:
+        return ref
+    try:
+        found = _Archive(Path(ref.path)).find("manifest.json")
+        saved = decode(_read(found), list[_Saved], ref.origin) if found is not None else []
+        names = [name for one in saved for name in one.RepoTags or ()]
+        # Parsed again: an archive may say anything.
+        text = f"docker-archive:{ref.path}:{names[0]}" if len(names) == 1 else ""
+        named = parse_source(text) if text else ref
+    except InvalidInput:  # the import says what is wrong with it
+        return ref
+    return named if isinstance(named, DockerArchiveRef) and named.path == ref.path else ref
 
 
 async def verify(blob: BlobFile, descriptor: Descriptor, origin: str) -> None:

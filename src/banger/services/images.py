@@ -20,8 +20,9 @@ from banger.images.blobcache import BlobCache
 from banger.images.bundle import BundleRef, import_bundle, parse_bundle
 from banger.images.importing import ImportRequest, OpenRegistry, import_image
 from banger.images.layers import Limits
+from banger.images.layouts import name_in_archive
 from banger.images.oci import parse_platform
-from banger.images.reference import CatalogRef, RegistryRef, Source, parse_source
+from banger.images.reference import CatalogRef, DockerArchiveRef, RegistryRef, Source, parse_source
 from banger.services.artifact_sources import ImageSource
 from banger.services.artifacts import ArtifactService, UsedBy, Wire
 
@@ -53,7 +54,10 @@ class ImageService(ArtifactService):
         if isinstance(source, CatalogRef):
             _refuse_for_catalog(source.name, request)
             return await self.pull(source.name, sink, force=force)
-        name = request.get("name") or source.default_name()
+        name = request.get("name")
+        if not name and isinstance(source, DockerArchiveRef):
+            name = (await asyncio.to_thread(name_in_archive, source)).default_name()
+        name = name or source.default_name()
         artifacts.artifact_directory(self._parts.data_dir, "image", name)  # is it a name at all
         if request.get("platform"):
             parse_platform(request["platform"])

@@ -335,6 +335,17 @@ def test_an_empty_layer_and_an_empty_image(tmp_path: Path) -> None:
     assert list_image(rootfs(tmp_path, "none")) == {}
 
 
+@pytest.mark.parametrize("kept", ["end of the last file", "its padding", "one end block"])
+def test_tars_without_their_end(tmp_path: Path, kept: str) -> None:
+    """umoci writes the first of them."""
+    tar = tar_of([member("x", data=b"abc")])
+    cut = {"end of the last file": 515, "its padding": 1024, "one end block": 1536}[kept]
+    layout = Layout(tmp_path / "lay")
+    layout.add(layout.image([tar[:cut]]))
+    import_(tmp_path, f"oci:{tmp_path}/lay")
+    assert debugfs(rootfs(tmp_path), "cat /x") == b"abc"
+
+
 def test_the_same_layers_give_the_same_bytes(tmp_path: Path) -> None:
     make_layout(
         tmp_path / "lay", [[directory("d"), member("d/x", data=b"1")], [member("y", data=b"2")]]

@@ -25,7 +25,7 @@ def test_the_script_travels_only_where_it_can_do_something() -> None:
     assert _config(with_sshd=True, network=None)["once"] is None
     once = _config(with_sshd=True)["once"]
     assert once["log"] == "/var/log/banger-sshd.log"
-    assert base64.b64decode(once["script_b64"]).startswith(b"# Has an sshd")
+    assert base64.b64decode(once["script_b64"]).startswith(b"# shellcheck shell=sh\n# Has an sshd")
 
 
 def test_an_environment_reaches_the_agent_and_what_ssh_starts() -> None:
