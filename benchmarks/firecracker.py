@@ -57,7 +57,13 @@ async def spec_of(user: Sandbox, name: str) -> VmSpec:
     boot = BootFiles(layout, HostCommands())
     choice = choose_vmm("firecracker", probe_kvm(), "")
     spec = await boot.prepare(
-        row, vm_files, choice, "ssh-ed25519 AA", guest_network=None, drives_by_serial=False
+        row,
+        vm_files,
+        choice,
+        "ssh-ed25519 AA",
+        guest_network=None,
+        drives_by_serial=False,
+        environment={},
     )
     spec = replace(spec, own_disk=vm_files.directory / "fresh.ext4", jail_uid=None)
     spec.own_disk.unlink(missing_ok=True)

@@ -117,6 +117,7 @@ class BareVm:
                 (usermode.NAME_SERVER,),
             ),
             drives_by_serial=True,
+            environment={},
         )
         # A disk that was never booted, as the cold run has.
         fresh = replace(

@@ -13,17 +13,23 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import banger
+from banger.events import NullSink
 from banger.host.commands import HostCommands
 from banger.host.locks import locked
-from banger.images import artifacts
-from banger.images.artifacts import ImageManifest
-from banger.images.ext4 import build_ext4
+from banger.images.importing import ImportRequest, import_image
+from banger.images.layers import Limits
+from banger.images.reference import LayoutRef
 from tests.support.artifacts import cache_root
+from tests.support.layouts import Layout
 
+_PACKAGE = Path(banger.__file__).parent
 _BUSYBOX = Path("/bin/busybox")
 _MMDEBSTRAP_TIMEOUT_S = 900
 _DAMAGED = 'rm -rf "$1"/etc/resolv.conf; ln -s /run/systemd/resolve/stub.conf "$1"/etc/resolv.conf'
@@ -48,7 +54,7 @@ class Recipe:
     hooks: Sequence[str] = ()
     busybox: Sequence[str] = ()  # paths; with none it is a Debian
     links: dict[str, str] = field(default_factory=dict)
-    said: dict[str, object] = field(default_factory=dict)  # of the ImageManifest
+    config: dict[str, object] = field(default_factory=dict)  # what the image says of itself
     has_shell: bool = True
 
 
@@ -65,13 +71,12 @@ RECIPES = (
             _DAMAGED,
             _TOOL,
         ),
-        said={
-            "default_user": "www-data",
-            "default_env": {"PATH": _APP_PATH, "APP": "it's the image's $x"},
-            "entrypoint": ("sh", "-c", 'echo "$(id -un) $(pwd) $APP:" "$@"', "sh"),
-            "command": ("default", "command"),
-            "working_dir": "/srv/app",
-            "platform": "linux/amd64",
+        config={
+            "User": "www-data",
+            "Env": [f"PATH={_APP_PATH}", "APP=it's the image's $x"],
+            "Entrypoint": ["sh", "-c", 'echo "$(id -un) $(pwd) $APP:" "$@"', "sh"],
+            "Cmd": ["default", "command"],
+            "WorkingDir": "/srv/app",
         },
     ),
     Recipe("no-init", b"/init\0", busybox=["bin/busybox"],
@@ -85,7 +90,7 @@ RECIPES = (
         "distroless",
         b"/init\0",
         busybox=[f"app/{name}" for name in ("cat", "httpd", "env", "sleep", "echo", "true", "wget")],
-        said={"default_env": {"PATH": "/app"}, "entrypoint": ("echo", "hello"), "platform": "linux/amd64"},
+        config={"Env": ["PATH=/app"], "Entrypoint": ["echo", "hello"]},
         has_shell=False,
     ),
 )  # fmt: skip
@@ -94,8 +99,11 @@ RECIPES = (
 def need_any_image(recipe: Recipe) -> Path:
     """Return the directory of an installed image, making it when absent."""
     text = json.dumps(asdict(recipe), default=str, sort_keys=True)
-    digest = hashlib.sha256(text.encode() + _BUSYBOX.read_bytes()).hexdigest()[:12]
-    store = cache_root() / f"any-image-{recipe.name}-{digest}"
+    makers = (path.read_bytes() for path in sorted((_PACKAGE / "images").glob("*.py")))
+    digest = hashlib.sha256(text.encode() + _BUSYBOX.read_bytes())
+    for maker in makers:
+        digest.update(maker)
+    store = cache_root() / f"any-image-{recipe.name}-{digest.hexdigest()[:12]}"
     installed = store / "images" / recipe.name
     with locked(cache_root() / f".any-image-{recipe.name}.lock"):
         if not installed.exists():
@@ -106,26 +114,25 @@ def need_any_image(recipe: Recipe) -> Path:
 
 
 async def _make(recipe: Recipe, store: Path) -> None:
-    commands = HostCommands()
-    async with artifacts.staging(store, "image", recipe.name) as staged:
-        tar = staged / "rootfs.tar"
+    """Import the image as users do: from an OCI layout of one layer and its configuration."""
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store) as work:
+        tar = Path(work) / "rootfs.tar"
         tar.write_bytes(_busybox_tar(recipe)) if recipe.busybox else _debian_tar(recipe, tar)
-        made = staged / "image"
-        made.mkdir()
-        await build_ext4(tar, made / "rootfs.ext4", label=recipe.name, commands=commands)
-        files, allocated = artifacts.measure(made)
-        manifest = ImageManifest(
-            name=recipe.name,
-            digest=await artifacts.digest_file(made / "rootfs.ext4"),
-            size_bytes=files["rootfs.ext4"],
-            allocated_bytes=allocated,
-            origin="a test",
-            description="",
-            created_at=artifacts.now_rfc3339(),
-            files=files,
-            **recipe.said,  # type: ignore[arg-type]
+        layout = Layout(Path(work) / "layout")
+        layout.add(layout.image([tar.read_bytes()], config=recipe.config))
+        await import_image(
+            ImportRequest(LayoutRef(str(layout.path), None), recipe.name),
+            data_dir=store,
+            commands=HostCommands(),
+            sink=NullSink(),
+            limits=Limits(),
+            open_registry=_no_registry,
         )
-        artifacts.install(made, store, "image", manifest, force=False)
+
+
+def _no_registry(*_: object) -> Any:
+    raise AssertionError("a layout is no registry")
 
 
 def _debian_tar(recipe: Recipe, output: Path) -> None:

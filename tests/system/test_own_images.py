@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -62,3 +64,31 @@ def test_a_vm_does_not_start_from_a_linked_file_that_changed(user: Sandbox) -> N
     assert started.returncode == 125
     assert b"was changed since it was registered" in started.stderr
     assert b"banger image register --force --link" in started.stderr
+
+
+def test_an_image_registered_with_its_own_kernel_boots_it(user: Sandbox) -> None:
+    rootfs = make_tiny_image(user.home / "own")
+    installed = need_kernel("generic-6.1")
+    release = json.loads((installed / "manifest.json").read_text())["release"]
+    modules = user.home / "modules" / release
+    modules.mkdir(parents=True)
+    subprocess.run(
+        ["/usr/sbin/debugfs", "-R", f"rdump / {modules}", installed / "modules.ext4"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (user.layout.data / "kernels").unlink()
+    initrd = user.home / "initrd"
+    initrd.write_bytes(b"whatever")
+    said = user.run(
+        "image", "register", "--name", "own", "--rootfs", str(rootfs), "--kernel",
+        str(installed / "vmlinux"), "--modules", str(modules), "--initrd", str(initrd),
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert b"initrd is not used" in said.stderr
+    kernel = user.json("image", "show", "own")["kernel"]
+    machine = ("--rm", "--network", "none", "--memory", "256M", "--vcpu", "1")
+    ran = user.ok("vm", "run", "--image", "own", *machine, "--", "cat", "/proc/version")
+    assert release.encode() in ran
+    refused = user.run("kernel", "rm", kernel)
+    assert refused.returncode == 125
+    assert b"own" in refused.stderr

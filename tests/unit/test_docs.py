@@ -14,6 +14,7 @@ from banger.cli import main as cli
 from banger.cli.commands import NOUNS, SHORTCUTS
 from banger.cli.parsing import parse
 from banger.errors import UsageError
+from banger.images.reference import RegistryRef, parse_source
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -73,7 +74,9 @@ def parse_command(command: str) -> None:
         return
     found = parse(noun, verb, builder, rest, guest)
     image, kernel = getattr(found, "image", None), getattr(found, "kernel", None)
-    assert image is None or image in {*catalog_images(), "app"}  # `app`: what a reader imported
+    # `app` is what a reader imported; a name with a tag is a registry's.
+    if image is not None and not isinstance(parse_source(image), RegistryRef):
+        assert image in {*catalog_images(), "app"}
     assert kernel is None or kernel in catalog_kernels()
     for name in getattr(found, "names", None) or []:
         if verb == "pull" and name.islower():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from banger.cli import output
@@ -182,66 +184,32 @@ def absolute_source(text: str) -> str:
     return text
 
 
-class _spooled:  # noqa: N801 - reads as the statement it is
-    """Stdin as a file, for `docker-archive:-`: an archive is read from its end.
+@contextlib.contextmanager
+def _spooled(request: ImagePull, context: Context, progress: Progress) -> Iterator[None]:
+    """Stdin as a file, for `docker-archive:-`: an archive is read from its end."""
+    source = request["source"]
+    if source != _STDIN and not source.startswith(f"{_STDIN}:"):
+        yield
+        return
+    if output.is_terminal(sys.stdin):
+        raise InvalidInput(
+            "docker-archive:- reads an archive from stdin, which is a terminal",
+            hint="docker save IMAGE | banger image pull docker-archive:-",
+        )
+    from banger.cli.spool import spooled
 
-    The file has no name once the daemon has it open; until then its holder's lock keeps the
-    daemon's sweep from it.
-    """
-
-    def __init__(self, request: ImagePull, context: Context, progress: Progress) -> None:
-        self._request = request
-        self._progress = progress
-        self._path = ""
-        self._directory = os.path.join(context.paths.cache_dir, "incoming")
-
-    def __enter__(self) -> None:
-        source = self._request["source"]
-        if source != _STDIN and not source.startswith(f"{_STDIN}:"):
-            return
-        if output.is_terminal(sys.stdin):
-            raise InvalidInput(
-                "docker-archive:- reads an archive from stdin, which is a terminal",
-                hint="docker save IMAGE | banger image pull docker-archive:-",
-            )
-        import tempfile
-
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        self._sweep()
-        fd, self._path = tempfile.mkstemp(suffix=".tar", dir=self._directory)
-        import fcntl
-
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        self._fd = fd
-        self._progress.stage("reading the archive from stdin")
+    with spooled(context.paths) as (fd, path):
+        progress.stage("reading the archive from stdin")
         done = 0
         while chunk := os.read(0, 1 << 20):
             view = memoryview(chunk)
             while view:
                 view = view[os.write(fd, view) :]
             done += len(chunk)
-            self._progress.progress(done)
+            progress.progress(done)
         name = source.removeprefix(_STDIN)
-        self._request["source"] = f"docker-archive:{self._path}{name}"
-
-    def __exit__(self, *_: object) -> None:
-        if self._path:
-            os.unlink(self._path)
-            os.close(self._fd)
-
-    def _sweep(self) -> None:
-        """Remove what a killed command line left: nobody holds its lock."""
-        import fcntl
-
-        for entry in os.scandir(self._directory):
-            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry.path)
-            except OSError:
-                continue
-            finally:
-                os.close(fd)
+        request["source"] = f"docker-archive:{path}{name}"
+        yield
 
 
 # -- the cache of downloads

@@ -23,6 +23,7 @@ import json
 import os
 import resource
 import stat
+import struct
 import sys
 import tarfile
 import time
@@ -330,6 +331,10 @@ _TYPES = {
     stat.S_IFBLK: tarfile.BLKTYPE,
     stat.S_IFIFO: tarfile.FIFOTYPE,
 }
+# name, mode, uid, gid, size, mtime, checksum, type, link's target, magic and version, names of
+# owner and group, device: tar(5), "GNU tar Archives"
+_HEADER = struct.Struct("100s8s8s8s12s12s8ss100s8s32s32s8s8s167x")
+_NO_SUM = b" " * 8
 
 
 def header(path: bytes, node: Node, mtime: int, *, link: bytes | None = None) -> bytes:
@@ -338,21 +343,58 @@ def header(path: bytes, node: Node, mtime: int, *, link: bytes | None = None) ->
     A capability goes before it as a pax record. Hard links repeat the attributes of their
     inode, for mke2fs takes the last member's word for them.
     """
-    info = tarfile.TarInfo()
-    info.name = path.decode("utf-8", "surrogateescape")
     kind = stat.S_IFMT(node.mode)
-    info.type = _TYPES[kind] if link is None else tarfile.LNKTYPE
-    info.mode = node.mode & 0o7777
-    info.uid, info.gid, info.mtime = node.uid, node.gid, mtime
-    info.size = node.content.size if node.content is not None and link is None else 0
     target = node.target if link is None else link
-    info.linkname = target.decode("utf-8", "surrogateescape")
-    info.devmajor, info.devminor = node.device
-    plain = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    size = node.content.size if node.content is not None and link is None else 0
+    major, minor = node.device
+    before = b""
+    for record, text in ((b"L", path), (b"K", target)):
+        if len(text) > 100:
+            before += _long(record, text)
     capability = node.xattrs.get(_CAPABILITY)
-    return (
-        plain if capability is None else _pax(f"{_XATTR_PREFIX}{_CAPABILITY}", capability) + plain
+    if capability is not None:
+        before = _pax(f"{_XATTR_PREFIX}{_CAPABILITY}", capability) + before
+    return before + _packed(
+        path[:100],
+        b"%07o\0" % (node.mode & 0o7777),
+        _number(node.uid, 8),
+        _number(node.gid, 8),
+        _number(size, 12),
+        _number(mtime, 12),
+        _TYPES[kind] if link is None else tarfile.LNKTYPE,
+        target[:100],
+        _number(major, 8),
+        _number(minor, 8),
     )
+
+
+def _packed(
+    name: bytes, mode: bytes, uid: bytes, gid: bytes, size: bytes, mtime: bytes, kind: bytes,
+    target: bytes, major: bytes, minor: bytes,
+) -> bytes:  # fmt: skip
+    def pack(checksum: bytes) -> bytes:
+        return _HEADER.pack(
+            name, mode, uid, gid, size, mtime, checksum, kind, target, b"ustar  \0", b"", b"",
+            major, minor,
+        )  # fmt: skip
+
+    return pack(b"%06o\0 " % sum(pack(_NO_SUM)))
+
+
+def _number(value: int, width: int) -> bytes:
+    """Return a field of a header: octal, or base 256 with a high bit where that is too short."""
+    if value < 8 ** (width - 1):
+        return b"%0*o\0" % (width - 1, value)
+    return b"\x80" + value.to_bytes(width - 1, "big")
+
+
+def _long(kind: bytes, text: bytes) -> bytes:
+    """Return GNU's member that holds a name longer than a header has room for."""
+    text += b"\0"
+    zero = _number(0, 8)
+    head = _packed(b"././@LongLink", zero, zero, zero, _number(len(text), 12), _number(0, 12), kind,
+                   b"", zero, zero)  # fmt: skip
+    return head + text + bytes(-len(text) % _BLOCK)
 
 
 def _pax(key: str, value: bytes) -> bytes:

@@ -67,7 +67,8 @@ class ImageService(ArtifactService):
             )
         if name in await asyncio.to_thread(self._source.installed):
             if not force:
-                await asyncio.to_thread(self._check_same, name, source.origin)
+                origin = request.get("origin") or source.origin
+                await asyncio.to_thread(self._check_same, name, origin)
                 return await self._describe(name)
             await self._need_unused(name, "replaced")
         named = NamedSink(sink, f"image {name}")
@@ -139,6 +140,7 @@ class ImageService(ArtifactService):
                 platform=request.get("platform", ""),
                 size_bytes=request.get("size_bytes"),
                 force=force,
+                origin=request.get("origin", ""),
             ),
             data_dir=parts.data_dir,
             commands=parts.commands,
