@@ -281,6 +281,22 @@ def test_put_reports_the_first_failure_and_stops(endpoint: Endpoint, tmp_path: P
     assert run(endpoint, b"true")[0].exit_code == 0
 
 
+def test_a_full_get_has_what_a_copy_leaves_out(endpoint: Endpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    os.setxattr(tmp_path / "file", "user.note", b"a\0b")
+    os.mkfifo(tmp_path / "pipe")
+    found = {}
+    for full in (False, True):
+        got = io.BytesIO()
+        agent.get_tar(endpoint, os.fsencode(tmp_path / "."), got.write, full=full)
+        got.seek(0)
+        with tarfile.open(fileobj=got) as tar:
+            found[full] = {m.name: m.pax_headers for m in tar.getmembers()}
+    name = f"./{'file'}" if "./file" in found[True] else f"{tmp_path.name}/file"
+    assert found[False][name] == {}
+    assert found[True][name]["SCHILY.xattr.user.note"] == "a\0b"
+
+
 def test_get_of_nothing_is_not_found(endpoint: Endpoint) -> None:
     with pytest.raises(NotFound):
         agent.get_tar(endpoint, b"/no/such", lambda data: None)

@@ -92,6 +92,21 @@ def test_a_repository_arrives_and_the_command_runs_in_it(host: Lab) -> None:
     assert done.returncode == 0
 
 
+def test_an_imported_image_without_init_runs_in_firecracker(host: Lab) -> None:
+    host.ok(
+        "rm -rf /tmp/bb && mkdir -p /tmp/bb/bin && cp /bin/busybox /tmp/bb/bin/"
+        " && for name in sh cat tr; do ln -s busybox /tmp/bb/bin/$name; done"
+        " && banger image pull -q --force --name bb rootfs:/tmp/bb"
+    )
+    done = host.run(
+        "banger vm run --rm -q --image bb --memory 256M --vcpu 1 --network none -- "
+        "sh -c 'cat /proc/1/cmdline | tr \\\\0 .; exit 3'",
+        timeout_s=_BOOT_S,
+    )
+    assert (done.returncode, done.stdout) == (3, b"/init."), done.stderr
+    host.ok("banger image delete bb")
+
+
 def test_isolation_and_vmm_are_shown(pair: Lab) -> None:
     for vm in pair.json("vm", "list"):
         assert (vm["state"], vm["vmm"], vm["accel"]) == ("running", "firecracker", "kvm")

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
 _PYTHON = ("src", "tests", "benchmarks")
 _PROSE = ("src", "docs", "agent", "scripts", *sorted(p.name for p in ROOT.glob("*.md")))
-_SCRIPTS = (*sorted(str(p.relative_to(ROOT)) for p in (ROOT / "scripts").glob("*.sh")), ".ci/run")
+_SCRIPTS = (
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "scripts").glob("*.sh")),
+    *(".ci/run", "src/banger/guest/with-sshd.sh"),
+)
 
 CHECKS = {
     "format": ("ruff", "format", "--check", "--quiet", *_PYTHON),

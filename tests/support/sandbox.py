@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,30 @@ class Sandbox:
             env=self.environment,
             **options,
         )
+
+    def on_a_terminal(self, *words: str, typed: bytes) -> tuple[int, bytes]:
+        """Run a command on a pty, type when it shows a prompt, and return its status and screen."""
+        master, slave = pty.openpty()
+        running = subprocess.Popen(
+            self.command(*words), stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env={**self.environment, "TERM": "xterm"}, cwd=self.home,
+        )  # fmt: skip
+        os.close(slave)
+        screen = b""
+        deadline = time.monotonic() + 300
+        while True:
+            ready, _, _ = select.select([master], [], [], 1)
+            assert time.monotonic() < deadline, screen
+            if ready:
+                try:
+                    screen += os.read(master, 65536)
+                except OSError:  # EIO: the other end is closed
+                    break
+            if typed and b"# " in screen:
+                os.write(master, typed)
+                typed = b""
+        os.close(master)
+        return running.wait(60), screen
 
     def daemon_pid(self) -> int | None:
         """Return the daemon's pid when one runs."""

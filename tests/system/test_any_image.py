@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import subprocess
 import time
 import urllib.request
@@ -81,31 +79,6 @@ def _install(user: Sandbox, recipe: Recipe) -> None:
         link.symlink_to(need_any_image(recipe))
 
 
-def _on_a_terminal(user: Sandbox, *words: str, typed: bytes) -> tuple[int, bytes]:
-    """Run a command on a pty, type when it shows a prompt, and return its status and screen."""
-    master, slave = pty.openpty()
-    running = subprocess.Popen(
-        user.command(*words), stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        env={**user.environment, "TERM": "xterm"}, cwd=user.home,
-    )  # fmt: skip
-    os.close(slave)
-    screen = b""
-    deadline = time.monotonic() + 120
-    while True:
-        ready, _, _ = select.select([master], [], [], 1)
-        assert time.monotonic() < deadline, screen
-        if ready:
-            try:
-                screen += os.read(master, 65536)
-            except OSError:  # EIO: the other end is closed
-                break
-        if typed and b"# " in screen:
-            os.write(master, typed)
-            typed = b""
-    os.close(master)
-    return running.wait(60), screen
-
-
 def test_the_images_init_is_used_and_with_none_the_agent_is(guest: Guest) -> None:
     # Another init may only just have been told to begin.
     deadline = time.monotonic() + 60
@@ -145,7 +118,7 @@ def test_the_shell_is_there_at_once(guest: Guest) -> None:
             assert f"banger vm exec {guest.name} -- PROGRAM".encode() in refused.stderr
         return
     for words in (("vm", "ssh", guest.name), ("vm", "run", "--name", guest.name)):
-        status, screen = _on_a_terminal(guest.user, *words, typed=b"tty && exit 3\n")
+        status, screen = guest.user.on_a_terminal(*words, typed=b"tty && exit 3\n")
         assert status == 3, screen
         assert b"/dev/pts/" in screen
     assert time.monotonic() - begun < 30

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import shutil
 import signal
 import subprocess
@@ -104,35 +102,10 @@ def test_a_terminal_is_a_real_one(vm: Sandbox) -> None:
     assert b"33 77" in done.stdout
 
 
-def _on_a_terminal(user: Sandbox, *words: str, typed: bytes) -> tuple[int, bytes]:
-    """Run a command on a pty, type when it shows a prompt, and return its status and screen."""
-    master, slave = pty.openpty()
-    running = subprocess.Popen(
-        user.command(*words), stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        env={**user.environment, "TERM": "xterm"}, cwd=user.home,
-    )  # fmt: skip
-    os.close(slave)
-    screen = b""
-    deadline = time.monotonic() + 300
-    while True:
-        ready, _, _ = select.select([master], [], [], 1)
-        assert time.monotonic() < deadline, screen
-        if ready:
-            try:
-                screen += os.read(master, 65536)
-            except OSError:  # EIO: the other end is closed
-                break
-        if typed and b"# " in screen:
-            os.write(master, typed)
-            typed = b""
-    os.close(master)
-    return running.wait(60), screen
-
-
 def test_a_shell_is_entered_left_and_entered_again(vm: Sandbox) -> None:
     for _ in range(2):
-        status, screen = _on_a_terminal(
-            vm, "vm", "run", "--name", VM, typed=b"tty; hostname -s; exit 3\n"
+        status, screen = vm.on_a_terminal(
+            "vm", "run", "--name", VM, typed=b"tty; hostname -s; exit 3\n"
         )
         assert status == 3, screen
         assert b"/dev/pts/" in screen and b"sandbox\r\n" in screen

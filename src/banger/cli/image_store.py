@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from banger.cli import output
 from banger.cli.context import Context
+from banger.cli.deletion import delete_each
 from banger.cli.parsing import Parser, add_json, add_quiet
 from banger.cli.progress import Progress, follow
-from banger.errors import BangerError, UsageError
+from banger.errors import UsageError
 
 if TYPE_CHECKING:
-    from banger.api.models import ImageRegister
+    from banger.api.models import ImageDelete, ImageRegister
     from banger.services.catalogs import CatalogReport, Finding
 
 _CHUNK_BYTES = 1 << 20
@@ -159,25 +160,9 @@ def build_delete(parser: Parser) -> None:
 
 def run_delete(context: Context, args: argparse.Namespace) -> int:
     """Delete images; report each, 125 when any failed."""
-    results: list[dict[str, Any]] = []
-    failed = False
-    for name in dict.fromkeys(args.names):
-        try:
-            done = context.client.delete_image(name, {"force": True} if args.force else None)
-        except BangerError as error:
-            failed = True
-            results.append({"name": name, "ok": False, **output.error_body(error)})
-            if not context.json:
-                output.write_error(error, name if name not in error.message else "")
-            continue
-        results.append({"name": name, "ok": True, "result": done})
-        if not context.json:
-            output.write_line(f"{name} deleted")
-            if stranded := done.get("stranded"):
-                output.warn(f"until {name} is back these do not start: {', '.join(stranded)}")
-    if context.json:
-        output.write_json(results)
-    return 125 if failed else 0
+    delete = context.client.delete_image
+    request: ImageDelete | None = {"force": True} if args.force else None
+    return delete_each(context, args.names, lambda name: delete(name, request))
 
 
 def build_catalog(parser: Parser) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from banger.cli import output
 from banger.cli.context import Context
+from banger.cli.deletion import delete_each
 from banger.cli.parsing import Parser, add_json, add_quiet
 from banger.cli.progress import Progress, follow
 from banger.errors import BangerError
@@ -243,23 +244,7 @@ def build_rm(parser: Parser) -> None:
 
 def run_rm(context: Context, args: argparse.Namespace) -> int:
     """Delete kernels; report each, 125 when any failed."""
-    results: list[dict[str, Any]] = []
-    failed = False
-    for name in dict.fromkeys(args.names):
-        try:
-            context.client.delete_kernel(name)
-        except BangerError as error:
-            failed = True
-            results.append({"name": name, "ok": False, **output.error_body(error)})
-            if not context.json:
-                output.write_error(error, name if name not in error.message else "")
-        else:
-            results.append({"name": name, "ok": True, "result": {"ok": True}})
-            if not context.json:
-                output.write_line(f"{name} deleted")
-    if context.json:
-        output.write_json(results)
-    return 125 if failed else 0
+    return delete_each(context, args.names, context.client.delete_kernel)
 
 
 # -- check
