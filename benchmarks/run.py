@@ -39,6 +39,7 @@ from banger.vmm.base import NetworkSpec
 from banger.vmm.probe import probe_kvm
 from banger.vmm.qemu import Qemu
 from banger.vmm.select import VmmChoice, choose_vmm
+from benchmarks.imports import import_rows
 from benchmarks.table import Row, at_most, faster, in_turns, render, shown_time, timed, within
 from tests.support.artifacts import cache_root, need_image, need_kernel
 from tests.support.sandbox import Sandbox
@@ -265,6 +266,8 @@ def rows(user: Sandbox, rounds: int, *, build: bool) -> Iterator[Row]:
     yield from workspace_rows(user)
     yield memory_row(user)
     user.ok("vm", "delete", "bench")
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=cache_root()) as work:
+        yield from import_rows(Path(work))
     if build:
         yield build_row()
 
