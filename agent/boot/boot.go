@@ -121,6 +121,9 @@ func run() (step string, err error) {
 	if diskErr != nil {
 		return step, diskErr
 	}
+	if config.Export != nil {
+		return export(config)
+	}
 	step = "join the disks"
 	if err := mountOverlay(); err != nil {
 		return step, err
@@ -265,7 +268,11 @@ func mountDisks(config *Config) error {
 	// Side by side: an emulated disk takes its time over each.
 	results := make(chan error, 3)
 	go func() { results <- mount(config.Drives.Base, "/base", syscall.MS_RDONLY) }()
-	go func() { results <- mount(config.Drives.Own, "/own", syscall.MS_NOATIME) }()
+	ownFlags := uintptr(syscall.MS_NOATIME)
+	if config.Export != nil {
+		ownFlags = syscall.MS_RDONLY
+	}
+	go func() { results <- mount(config.Drives.Own, "/own", ownFlags) }()
 	go func() {
 		if config.Drives.Modules == nil {
 			results <- nil

@@ -20,7 +20,8 @@ func TestParseConfig(t *testing.T) {
 		t.Errorf("%+v", config)
 	}
 	for _, bad := range []string{`{`, `{"files":[{"path":"etc/x"}]}`, `{"files":[{"path":"/a/../b"}]}`,
-		`{"directories":[{"path":"/"}]}`, `{"network":{"interface":"e","address_cidr":"fe80::1/64"}}`, `{"files":[{"path":"/x","content_b64":"!"}]}`, `{"once":{"log":"x"}}`} {
+		`{"directories":[{"path":"/"}]}`, `{"network":{"interface":"e","address_cidr":"fe80::1/64"}}`, `{"files":[{"path":"/x","content_b64":"!"}]}`, `{"once":{"log":"x"}}`,
+		`{"export":{"remove":["etc/x"]}}`, `{"export":{"remove":["/etc/[x"]}}`, `{"export":{"drop_lines":[{"path":"/"}]}}`} {
 		if _, err := ParseConfig([]byte(bad)); err == nil {
 			t.Errorf("%s: taken", bad)
 		}

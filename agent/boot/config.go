@@ -21,6 +21,23 @@ type Config struct {
 	// Environment is what the image says a process gets: under what an exec asks for.
 	Environment map[string]string `json:"environment"`
 	Once        *Once             `json:"once"`
+	// Export is there when the machine is not to be used but read.
+	Export *Export `json:"export"`
+}
+
+// Export says what the root file system is freed of before the host reads it; Files are written after that. Nothing
+// of it reaches the disks.
+type Export struct {
+	// Remove holds names of files and, in their last component, patterns of path.Match. Only plain files go.
+	Remove []string `json:"remove"`
+	// DropLines holds lines to leave out of a file; what is beside them stays.
+	DropLines []Lines `json:"drop_lines"`
+}
+
+// Lines are whole lines of the file at Path.
+type Lines struct {
+	Path    string `json:"path"`
+	Content []byte `json:"content_b64"`
 }
 
 // Once is a shell script that runs once per boot, behind everything else: nobody waits for it, and its failure is
@@ -105,12 +122,34 @@ func ParseConfig(raw []byte) (*Config, error) {
 			return nil, err
 		}
 	}
+	if config.Export != nil {
+		if err := config.Export.check(); err != nil {
+			return nil, err
+		}
+	}
 	if config.Network != nil {
 		if _, _, err := parseAddress(config.Network.AddressCIDR); err != nil {
 			return nil, err
 		}
 	}
 	return config, nil
+}
+
+func (e *Export) check() error {
+	for _, name := range e.Remove {
+		if err := checkPath(name); err != nil {
+			return err
+		}
+		if _, err := path.Match(path.Base(name), ""); err != nil {
+			return fmt.Errorf("pattern %q: %w", name, err)
+		}
+	}
+	for i := range e.DropLines {
+		if err := checkPath(e.DropLines[i].Path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func checkPath(name string) error {

@@ -68,7 +68,7 @@ func TestRoundTripKeepsNamesModesTimesAndLinks(t *testing.T) {
 		t.Error("the hard link is another file")
 	}
 	var out bytes.Buffer
-	if _, err := Archive(&out, target, func() bool { return false }); err != nil {
+	if _, err := Archive(&out, target, false, func() bool { return false }); err != nil {
 		t.Fatal(err)
 	}
 	again := filepath.Join(t.TempDir(), "again")
@@ -82,6 +82,42 @@ func TestRoundTripKeepsNamesModesTimesAndLinks(t *testing.T) {
 	}
 	if link, _ := os.Readlink(again + "/in/a/sym"); link != "../../nowhere" {
 		t.Errorf("symlink to %q", link)
+	}
+}
+
+func TestAFullArchiveHasAttributesAndDevices(t *testing.T) {
+	source := t.TempDir()
+	if err := os.WriteFile(source+"/file", []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Setxattr(source+"/file", "user.note", []byte("a\x00b\nc"), 0); err != nil {
+		t.Skip("no extended attributes here")
+	}
+	mayMakeDevices := syscall.Mknod(source+"/null", syscall.S_IFCHR|0o666, 1<<8|3) == nil
+	for _, full := range []bool{false, true} {
+		var out bytes.Buffer
+		if _, err := Archive(&out, source+"/.", full, func() bool { return false }); err != nil {
+			t.Fatal(err)
+		}
+		found := map[string]*tar.Header{}
+		for reader := tar.NewReader(&out); ; {
+			header, err := reader.Next()
+			if err != nil {
+				break
+			}
+			found[header.Name] = header
+		}
+		note := found["./file"].PAXRecords["SCHILY.xattr.user.note"]
+		if (note == "a\x00b\nc") != full {
+			t.Errorf("full %v: attribute %q", full, note)
+		}
+		device := found["./null"]
+		if (device != nil) != (full && mayMakeDevices) {
+			t.Errorf("full %v: device %v", full, device)
+		}
+		if device != nil && (device.Typeflag != tar.TypeChar || device.Devmajor != 1 || device.Devminor != 3) {
+			t.Errorf("%+v", device)
+		}
 	}
 }
 

@@ -58,6 +58,7 @@ func (w *chunkWriter) flush() error {
 func Get(s *stream.Stream, raw []byte) error {
 	var request struct {
 		Path string `json:"path"`
+		Full bool   `json:"full"`
 	}
 	if err := stream.Decode(raw, &request); err != nil {
 		return err
@@ -69,7 +70,7 @@ func Get(s *stream.Stream, raw []byte) error {
 	var cancelled int32
 	return s.Work(func() error {
 		sink := newChunkWriter(s)
-		result, err := Archive(sink, target, func() bool { return atomic.LoadInt32(&cancelled) != 0 })
+		result, err := Archive(sink, target, request.Full, func() bool { return atomic.LoadInt32(&cancelled) != 0 })
 		if err != nil {
 			return err
 		}
@@ -87,12 +88,13 @@ type archiver struct {
 	tar       *tar.Writer
 	result    Result
 	links     map[[2]uint64]string
+	full      bool
 	cancelled func() bool
 	copy      []byte
 }
 
-// Archive writes the tree at target as a tar stream.
-func Archive(sink io.Writer, target string, cancelled func() bool) (*Result, error) {
+// Archive writes the tree at target as a tar stream. A full one has extended attributes and device nodes too.
+func Archive(sink io.Writer, target string, full bool, cancelled func() bool) (*Result, error) {
 	name := path.Base(target)
 	if name == "/" || name == "." || name == ".." {
 		name = "."
@@ -107,7 +109,7 @@ func Archive(sink io.Writer, target string, cancelled func() bool) (*Result, err
 	if last == "/" {
 		last = "."
 	}
-	a := &archiver{tar: tar.NewWriter(sink), links: map[[2]uint64]string{}, cancelled: cancelled, copy: make([]byte, 128<<10)}
+	a := &archiver{tar: tar.NewWriter(sink), links: map[[2]uint64]string{}, full: full, cancelled: cancelled, copy: make([]byte, 128<<10)}
 	a.result.Warnings = []string{}
 	if err := a.add(parent, last, name, follow, true); err != nil {
 		return nil, err
@@ -155,6 +157,7 @@ func (a *archiver) add(dirfd int, last, name string, follow, top bool) error {
 		defer file.Close()
 		header.Typeflag = tar.TypeDir
 		header.Name += "/"
+		a.attributes(dirfd, last, header)
 		if err := a.tar.WriteHeader(header); err != nil {
 			return err
 		}
@@ -176,6 +179,7 @@ func (a *archiver) add(dirfd int, last, name string, follow, top bool) error {
 			return gone(err)
 		}
 		header.Typeflag, header.Linkname = tar.TypeSymlink, target
+		a.attributes(dirfd, last, header)
 	case syscall.S_IFREG:
 		if st.Nlink > 1 {
 			key := [2]uint64{uint64(st.Dev), st.Ino}
@@ -188,12 +192,51 @@ func (a *archiver) add(dirfd int, last, name string, follow, top bool) error {
 		return a.file(dirfd, last, header, gone)
 	case syscall.S_IFIFO:
 		header.Typeflag = tar.TypeFifo
+		a.attributes(dirfd, last, header)
+	case syscall.S_IFCHR, syscall.S_IFBLK:
+		if !a.full {
+			a.result.warn("%s: a device, skipped", printable(name))
+			return nil
+		}
+		header.Typeflag = tar.TypeChar
+		if st.Mode&syscall.S_IFMT == syscall.S_IFBLK {
+			header.Typeflag = tar.TypeBlock
+		}
+		device := uint64(st.Rdev) // gnu_dev_major and gnu_dev_minor of glibc
+		header.Devmajor = int64(device>>8&0xfff | device>>32&^0xfff)
+		header.Devminor = int64(device&0xff | device>>12&^0xff)
+		a.attributes(dirfd, last, header)
 	default:
-		a.result.warn("%s: a socket or device, skipped", printable(name))
+		if a.full {
+			return nil // a socket is its server's, who makes it anew
+		}
+		a.result.warn("%s: a socket, skipped", printable(name))
 		return nil
 	}
 	a.result.Files++
 	return a.tar.WriteHeader(header)
+}
+
+// attributes adds a name's extended attributes to its header as star and GNU tar do: SCHILY.xattr.<name> in pax.
+func (a *archiver) attributes(dirfd int, last string, header *tar.Header) {
+	if !a.full {
+		return
+	}
+	found, err := sys.Xattrs(fmt.Sprintf("/proc/self/fd/%d/%s", dirfd, last))
+	if err != nil {
+		a.result.warn("%s: its extended attributes do not read: %v", printable(header.Name), err)
+		return
+	}
+	for name, value := range found {
+		if strings.Contains(name, "=") {
+			a.result.warn("%s: an extended attribute has a name with =, left out", printable(header.Name))
+			continue
+		}
+		if header.PAXRecords == nil {
+			header.Format, header.PAXRecords = tar.FormatPAX, map[string]string{}
+		}
+		header.PAXRecords["SCHILY.xattr."+name] = value
+	}
 }
 
 func (a *archiver) file(dirfd int, last string, header *tar.Header, gone func(error) error) error {
@@ -211,6 +254,7 @@ func (a *archiver) file(dirfd int, last string, header *tar.Header, gone func(er
 		return gone(syscall.EINVAL)
 	}
 	header.Typeflag, header.Size = tar.TypeReg, st.Size
+	a.attributes(dirfd, last, header)
 	if err := a.tar.WriteHeader(header); err != nil {
 		return err
 	}

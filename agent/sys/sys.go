@@ -2,6 +2,7 @@
 package sys
 
 import (
+	"strings"
 	"syscall"
 	"unsafe"
 )
@@ -137,6 +138,68 @@ func Utimensat(dirfd int, path string, unixSec, nsec int64) error {
 	_, _, errno := syscall.Syscall6(syscall.SYS_UTIMENSAT, uintptr(dirfd), uintptr(unsafe.Pointer(p)),
 		uintptr(unsafe.Pointer(&ts)), uintptr(flags), 0, 0)
 	return orNil(errno)
+}
+
+// Xattrs returns the extended attributes of a name, a symlink's own; none where the file system has none.
+func Xattrs(path string) (map[string]string, error) {
+	names, err := growing(4096, func(buf []byte) (uintptr, syscall.Errno) {
+		return xattrCall(syscall.SYS_LLISTXATTR, path, nil, buf)
+	})
+	if err == syscall.ENOTSUP || err == syscall.ENODATA || err == nil && len(names) == 0 {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]string{}
+	for _, name := range strings.Split(strings.TrimRight(string(names), "\x00"), "\x00") {
+		attribute, err := syscall.BytePtrFromString(name)
+		if err != nil {
+			return nil, err
+		}
+		value, err := growing(1024, func(buf []byte) (uintptr, syscall.Errno) {
+			return xattrCall(syscall.SYS_LGETXATTR, path, attribute, buf)
+		})
+		if err == syscall.ENODATA {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		found[name] = string(value)
+	}
+	return found, nil
+}
+
+func xattrCall(number uintptr, path string, attribute *byte, buf []byte) (uintptr, syscall.Errno) {
+	p, err := syscall.BytePtrFromString(path)
+	if err != nil {
+		return 0, syscall.EINVAL
+	}
+	if attribute == nil {
+		n, _, errno := syscall.Syscall(number, uintptr(unsafe.Pointer(p)), uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)))
+		return n, errno
+	}
+	n, _, errno := syscall.Syscall6(number, uintptr(unsafe.Pointer(p)), uintptr(unsafe.Pointer(attribute)),
+		uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)), 0, 0)
+	return n, errno
+}
+
+// growing calls with larger buffers until what is read fits.
+func growing(size int, call func([]byte) (uintptr, syscall.Errno)) ([]byte, error) {
+	const largest = 64 << 10 // XATTR_SIZE_MAX and XATTR_LIST_MAX
+	for {
+		buf := make([]byte, size)
+		n, errno := call(buf)
+		if errno == syscall.ERANGE && size < largest {
+			size = largest
+			continue
+		}
+		if errno != 0 {
+			return nil, errno
+		}
+		return buf[:n], nil
+	}
 }
 
 // FinitModule loads a kernel module from an open file.

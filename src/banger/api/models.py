@@ -226,7 +226,8 @@ class ImagePull(TypedDict, total=False):
     """Make an image of `source`: a catalog's name, a registry's reference, a file.
 
     `name` is what it is called here (default: from the source). `size_bytes` is the size of its
-    file system (default: what fits). `force` replaces an installed one.
+    file system (default: what fits). `force` replaces an installed one. `origin` is what goes on
+    record for a source that is a file of the moment.
     """
 
     source: Required[str]
@@ -234,6 +235,19 @@ class ImagePull(TypedDict, total=False):
     kernel: str
     platform: str
     size_bytes: int
+    force: bool
+    origin: str
+
+
+class VmPromote(TypedDict, total=False):
+    """Make the image `name` of a stopped VM; `kernel` is that of its VMs (default: as before).
+
+    `force` replaces an installed image that no VM uses.
+    """
+
+    name: Required[str]
+    kernel: str
+    description: str
     force: bool
 
 

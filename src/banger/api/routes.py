@@ -199,6 +199,15 @@ ROUTES: tuple[Route, ...] = (
         models.VmConnection,
         summary="How to reach a running VM's agent",
     ),
+    Route(
+        "promote_vm",
+        "POST",
+        "/v1/vms/{name}/promote",
+        models.VmPromote,
+        models.Image,
+        "operation",
+        "Make an image of a stopped VM",
+    ),
     Route("vm_stats", "GET", "/v1/vms/{name}/stats", None, models.VmStats, summary="Host cost"),
     Route(
         "list_operations",

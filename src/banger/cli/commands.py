@@ -75,6 +75,8 @@ NOUNS: dict[str, Noun] = {
             "pull": Verb("images", "Make an image: the catalog's, a registry's, an archive's"),
             "cache": Verb("images", "List or remove the layers that pulls downloaded"),
             "register": Verb("image_store", "Make an image of an ext4 in a file, copied or linked"),
+            "promote": Verb("image_build", "Make an image of a stopped VM"),
+            "build": Verb("image_build", "Build a Dockerfile inside a VM, as an image"),
             "export": Verb("image_store", "Write an image to one file, a bundle"),
             "catalog": Verb("image_store", "List what can be pulled by name, or check a catalog"),
             "delete": Verb("image_store", "Delete images no VM uses"),

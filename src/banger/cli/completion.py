@@ -121,8 +121,10 @@ def _of_verb(noun: str, verb: str, rest: list[str], typed: str) -> list[str]:
         return _matching(_shown_options(parser), typed)
     if noun == "completion":
         return _matching(list(_SCRIPTS), typed)
-    if (noun, verb) == ("vm", "run"):
+    if (noun, verb) in (("vm", "run"), ("image", "build")):
         return [_FILES]
+    if (noun, verb) == ("image", "promote"):
+        return _matching(_names("vm"), typed) if not rest else []
     if (noun, verb) == ("vm", "cp"):
         if "/" in typed or typed.startswith("."):
             return [_FILES]

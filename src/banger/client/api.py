@@ -172,6 +172,10 @@ class Client:
         """Return how to reach the agent of a running VM."""
         return cast("models.VmConnection", self._get(f"/v1/vms/{_segment(name)}/connection"))
 
+    def promote_vm(self, name: str, request: models.VmPromote) -> Operation:
+        """Begin to make an image of a stopped VM; the result is an Image."""
+        return cast("Operation", self._post(f"/v1/vms/{_segment(name)}/promote", request))
+
     def vm_stats(self, name: str) -> models.VmStats:
         """Return what a VM costs the host."""
         return cast("models.VmStats", self._get(f"/v1/vms/{_segment(name)}/stats"))

@@ -16,6 +16,7 @@ from banger.services.image_store import ImageStore
 from banger.services.images import ImageService
 from banger.services.kernels import KernelService
 from banger.services.operations import Operation, OperationManager
+from banger.services.promote import Promoter
 from banger.services.vms import VmService
 
 Handler = Callable[..., Awaitable[Any]]
@@ -29,6 +30,7 @@ class Services:
     images: ImageService
     kernels: KernelService
     image_store: ImageStore
+    promoter: Promoter
     operations: OperationManager
     data_dir: str
     stop_daemon: Callable[[], None]
@@ -227,6 +229,14 @@ class Handlers:
     async def connect_vm(self, name: str) -> models.VmConnection:
         """Say how to reach a VM's agent."""
         return await self._vms.connection(name)
+
+    async def promote_vm(self, name: str, body: models.VmPromote) -> Operation:
+        """Make an image of a VM."""
+        vm = await self._vms.get(name)
+        promoter = self._services.promoter
+        return self._operations.start(
+            "promote", vm["name"], lambda op: promoter.promote(vm["id"], body, op)
+        )
 
     async def vm_stats(self, name: str) -> models.VmStats:
         """Say what a VM costs."""

@@ -33,6 +33,7 @@ from banger.services.images import ImageService, ImportParts
 from banger.services.kernels import KernelService
 from banger.services.networks import NetworkService
 from banger.services.operations import OperationManager
+from banger.services.promote import Promoter
 from banger.services.reconcile import reconcile
 from banger.services.vms import VmDefaults, VmService
 from banger.store.database import Database
@@ -114,10 +115,11 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
         return await vms.used_by("kernel", name)
 
     catalogs = load_catalogs(config, layout.cache)
+    import_parts = _import_parts(config, layout, commands)
     images = ImageService(
         ImageSource(layout.data, layout.cache, commands, mirror, catalogs),
         image_users,
-        _import_parts(config, layout, commands),
+        import_parts,
     )
     kernels = KernelService(KernelSource(layout.data, layout.cache, commands, mirror), kernel_users)
     limits = host_limits(str(layout.data))
@@ -155,7 +157,14 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
 
     image_store = ImageStore(images, kernels, running_of_image, catalogs, layout.data, commands)
     services = Services(
-        vms, images, kernels, image_store, operations, str(layout.data), stop_daemon
+        vms=vms,
+        images=images,
+        kernels=kernels,
+        image_store=image_store,
+        promoter=Promoter(vms, images, kernels, import_parts),
+        operations=operations,
+        data_dir=str(layout.data),
+        stop_daemon=stop_daemon,
     )
     return Daemon(
         layout=layout,

@@ -238,6 +238,32 @@ def capture_exec(
     return status, bytes(output[frames.STDOUT]), bytes(output[frames.STDERR])
 
 
+def follow_exec(
+    endpoint: Endpoint, request: ExecRequest, take: Callable[[int, bytes], object]
+) -> ExitStatus:
+    """Run a program without input and hand its output to `take` as it comes; return how it ended.
+
+    `take` gets frames.STDOUT or frames.STDERR and the bytes. What it raises ends the program.
+    """
+    fields = exec_fields(request._replace(stdin="null", tty=None, detach=False))
+    status: ExitStatus | None = None
+    with open_stream(endpoint, timeout_s=OPEN_TIMEOUT_S) as stream:
+        stream.send_request("exec", fields)
+        while True:
+            kind, payload = stream.receive()
+            if kind in (frames.STDOUT, frames.STDERR):
+                take(kind, payload)
+            elif kind == frames.EXIT:
+                status = parse_exit(payload)
+            elif kind == frames.ERROR:
+                raise agent_error(payload)
+            elif kind == frames.END:
+                break
+    if status is None:
+        raise frames.ProtocolError("the agent ended an exec without EXIT")
+    return status
+
+
 def put_tar(
     endpoint: Endpoint,
     path: bytes,
@@ -306,13 +332,16 @@ def get_tar(
     sink: Callable[[bytes], object],
     *,
     timeout_s: float | None = None,
+    full: bool = False,
 ) -> dict[str, object]:
     """Hand a file or tree of the guest to `sink` as a tar stream; return {files, bytes, warnings}.
 
-    `timeout_s` bounds each wait for the guest.
+    `timeout_s` bounds each wait for the guest. `full` asks for extended attributes and device
+    nodes too.
     """
+    fields: dict[str, object] = {"path": b64(path), "full": True} if full else {"path": b64(path)}
     with open_stream(endpoint, timeout_s=OPEN_TIMEOUT_S) as stream:
-        stream.send_request("get", {"path": b64(path)})
+        stream.send_request("get", fields)
         while True:
             kind, payload = stream.receive(timeout_s=timeout_s)
             if kind == frames.TAR_DATA:

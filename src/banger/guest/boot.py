@@ -281,6 +281,56 @@ def boot_config(
     }
 
 
+# What makes a machine this one besides what `boot_config` writes; the last component is a pattern.
+_IDENTITY = (
+    "/etc/ssh/ssh_host_*",
+    "/var/lib/dbus/machine-id",
+    "/var/lib/systemd/random-seed",
+    "/var/lib/systemd/credential.secret",
+    "/etc/profile.d/banger-image.sh",
+    "/etc/ssh/sshd_config.d/20-banger-image.conf",
+    SSHD_LOG,
+)
+
+
+def export_config(
+    *, hostname: str, authorized_key: str, drives: tuple[str, str, str]
+) -> dict[str, Any]:
+    """Return the configuration of a boot whose root file system is only read.
+
+    It says what is taken back of what `boot_config` wrote, and what else is one machine's own.
+    """
+    config = boot_config(
+        hostname="",
+        machine_id="",
+        network=None,
+        authorized_key="",
+        host_keys={},
+        drives=drives,
+    )
+    own_line = f"127.0.1.1\t{hostname}\n"
+    return {
+        **config,
+        "directories": [],
+        "files": [
+            _file("/etc/hostname", "localhost\n"),
+            _file("/etc/machine-id", "", mode=0o444),
+            _file("/etc/resolv.conf", ""),
+        ],
+        "export": {
+            "remove": list(_IDENTITY),
+            "drop_lines": [
+                _lines("/etc/hosts", own_line),
+                _lines("/root/.ssh/authorized_keys", f"{authorized_key.strip()}\n"),
+            ],
+        },
+    }
+
+
+def _lines(path: str, lines: str) -> dict[str, str]:
+    return {"path": path, "content_b64": base64.b64encode(lines.encode()).decode()}
+
+
 def _sshd_script() -> dict[str, str]:
     script = (resources.files("banger.guest") / "with-sshd.sh").read_bytes()
     return {"script_b64": base64.b64encode(script).decode(), "log": SSHD_LOG}

@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # Has an sshd in the guest: one that is there is left alone, else the image's package manager installs one.
 # The agent runs it once per boot, in the background; its output is /var/log/banger-sshd.log. BANGER_PID1 says whose
 # PID 1 is: `image` (an init of its own) or `agent` (none: nobody else would start sshd).

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from banger.guest.boot import (
     DRIVES_BY_ORDER,
@@ -19,6 +20,7 @@ from banger.guest.boot import (
     GuestNetwork,
     base_segment,
     boot_config,
+    export_config,
     write_initramfs,
 )
 from banger.host.commands import HostCommands
@@ -28,6 +30,9 @@ from banger.store.layout import Layout, VmFiles
 from banger.store.vms import VmRow
 from banger.vmm.base import VmSpec
 from banger.vmm.select import VmmChoice
+
+# Where a guest that was booted for reading (`prepare_export`) has the root file system.
+EXPORT_ROOT = b"/newroot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,6 @@ class BootFiles:
 
         `environment` is what the image says its processes get.
         """
-        kernel = self.layout.data / "kernels" / row.kernel
-        segment = await asyncio.to_thread(base_segment, kernel, cache_dir=self.layout.cache)
         keys = (vm_files.host_key, vm_files.host_key.with_suffix(".pub"))
         config = boot_config(
             hostname=row.name,
@@ -76,6 +79,30 @@ class BootFiles:
             environment=environment,
             with_sshd=row.with_sshd,
         )
+        return await self._spec(row, vm_files, choice, config)
+
+    async def prepare_export(
+        self,
+        row: VmRow,
+        vm_files: VmFiles,
+        choice: VmmChoice,
+        authorized_key: str,
+        *,
+        drives_by_serial: bool,
+    ) -> VmSpec:
+        """Write the initramfs of a boot for reading the disks; see `guest.boot.export_config`."""
+        config = export_config(
+            hostname=row.name,
+            authorized_key=authorized_key,
+            drives=DRIVES_BY_SERIAL if drives_by_serial else DRIVES_BY_ORDER,
+        )
+        return await self._spec(row, vm_files, choice, config)
+
+    async def _spec(
+        self, row: VmRow, vm_files: VmFiles, choice: VmmChoice, config: dict[str, Any]
+    ) -> VmSpec:
+        kernel = self.layout.data / "kernels" / row.kernel
+        segment = await asyncio.to_thread(base_segment, kernel, cache_dir=self.layout.cache)
         await asyncio.to_thread(write_initramfs, vm_files.initramfs, segment, config)
         return VmSpec(
             id=row.id,

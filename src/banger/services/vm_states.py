@@ -10,7 +10,8 @@ from banger.errors import Conflict
 
 TRANSITIONS: dict[str, frozenset[str]] = {
     "creating": frozenset({"stopped", "deleting"}),
-    "stopped": frozenset({"starting", "deleting"}),
+    # To stopping: its disk is read by a VMM that whoever finds it is to end (`image promote`).
+    "stopped": frozenset({"starting", "stopping", "deleting"}),
     "starting": frozenset({"running", "stopped", "deleting"}),
     "running": frozenset({"stopping", "stopped", "deleting"}),
     "stopping": frozenset({"stopped", "deleting"}),

@@ -35,6 +35,7 @@ from banger.errors import (
 )
 from banger.events import EventSink, NullSink
 from banger.guest import agent
+from banger.guest.transport import Endpoint as AgentEndpoint
 from banger.guest.transport import endpoint_to_wire
 from banger.host import files
 from banger.host.process import ProcessIdentity, boot_id
@@ -121,6 +122,7 @@ class VmService:
         self._unique = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._read: set[str] = set()  # VMs whose VMM serves an image's making, and nobody else
 
     # --- reading ---
 
@@ -135,7 +137,8 @@ class VmService:
     async def connection(self, name: str) -> VmConnection:
         """Return how to reach a running VM's agent; raise Conflict when it does not run."""
         row = await self._rows.find(name)
-        if row.state not in ("running", "stopping") or row.running_vmm is None:
+        usable = row.state == "running" or (row.state == "stopping" and row.id not in self._read)
+        if not usable or row.running_vmm is None:
             raise Conflict(
                 f"{row.name} is {row.state}" + (f" ({row.state_reason})" * bool(row.state_reason)),
                 hint=f"start it with `banger vm start {row.name}`",
@@ -242,13 +245,17 @@ class VmService:
 
     async def _ensure_artifacts(self, row: VmRow, request: VmCreate, sink: EventSink) -> VmRow:
         """Have a VM's image and kernel installed, and give its row what the image decides."""
+        name = row.image
+
+        async def have_image() -> None:
+            nonlocal name
+            name = await self._images.ensure_source(row.image, sink)
+
         if not await self._images.is_installed(row.image):
             # Both at once: the kernel is small and waits for nobody.
-            await together(
-                self._images.ensure(row.image, sink), self._kernels.ensure(row.kernel, sink)
-            )
-        image = await self._images.read(row.image)
-        row = replace(row, kernel=_kernel_for(row, request, image))
+            await together(have_image(), self._kernels.ensure(row.kernel, sink))
+        image = await self._images.read(name)
+        row = replace(row, image=name, kernel=_kernel_for(row, request, image))
         await self._kernels.ensure(row.kernel, sink)
         # An imported image knows its platform. Those of the catalog have an sshd of their own.
         imported = bool(image.get("platform"))
@@ -457,6 +464,11 @@ class VmService:
         process, vmm_name = row.process, row.running_vmm
         if process is None or vmm_name is None:
             raise RuntimeError(f"{row.name} has no process to wait for")
+        await self._agent_answers(row, process)
+        self._layout.vm(row.id).initramfs.unlink(missing_ok=True)
+        return await self._rows.update(replace(row, state="running", state_reason=""))
+
+    async def _agent_answers(self, row: VmRow, process: ProcessIdentity) -> None:
         vm_files = self._layout.vm(row.id)
         gave_up = threading.Event()
 
@@ -466,7 +478,7 @@ class VmService:
         waiting = asyncio.create_task(
             asyncio.to_thread(
                 agent.wait_ready,
-                self._vmms[vmm_name].endpoint(vm_files.runtime),
+                self._vmms[row.running_vmm or ""].endpoint(vm_files.runtime),
                 timeout_s=self._boot_timeout_s(row),
                 cancelled=stop_waiting,
             )
@@ -488,8 +500,6 @@ class VmService:
                 f"{_last_words(vm_files)}",
                 hint="see `banger doctor`; on a slow host set vm.boot_timeout_s in the config",
             ) from error
-        vm_files.initramfs.unlink(missing_ok=True)
-        return await self._rows.update(replace(row, state="running", state_reason=""))
 
     def _boot_timeout_s(self, row: VmRow) -> float:
         return self.defaults.boot_timeout_s or BOOT_TIMEOUT_S[row.accel or "tcg"]
@@ -569,6 +579,91 @@ class VmService:
         await self._networks.leave(row, mark_of(row.id, vm_files.runtime))
         await asyncio.to_thread(files.remove_tree, vm_files.runtime)
         vm_files.initramfs.unlink(missing_ok=True)
+
+    # --- read while stopped ---
+
+    @asynccontextmanager
+    async def read_stopped(self, name: str, sink: EventSink) -> AsyncIterator[AgentEndpoint]:
+        """Boot a stopped VM's disks to be read, by an agent that runs nothing of theirs.
+
+        No network, no init; the root file system, freed of the machine's identity, is at
+        `boot.EXPORT_ROOT`. The VM is as it was afterwards. Meanwhile its row says stopping: whoever
+        finds it so, after a crash too, ends the VMM.
+        """
+        row = await self._rows.find(name)
+        async with self._locked(row.id) as row:
+            if row.state != "stopped":
+                raise Conflict(
+                    f"{row.name} is {row.state}",
+                    hint=f"stop it first: `banger vm stop {row.name}`",
+                )
+            check_transition(row.name, row.state, "stopping")
+            vm_files = self._layout.vm(row.id)
+            choice = self._choose(row.vmm)
+            vmm = self._vmms[choice.vmm]
+            await self._images.read(row.image)
+            await self._kernels.check(row.kernel)
+            row = await self._make_unique(row, jailed=vmm.capabilities.jailed)
+            reading = replace(
+                row.without_process("stopping", "its disk is read, to make an image of it"),
+                running_vmm=choice.vmm,
+                accel=choice.accel,
+                accel_reason=choice.reason,
+            )
+            process: ProcessIdentity | None = None
+            self._read.add(row.id)
+            try:
+                await self._rows.update(reading)
+                sink.stage(f"boot the disks of {row.name} ({choice.vmm}, {choice.accel})")
+                for attempt in range(1, _BOOT_TRIES + 1):
+                    try:
+                        process, reading = await self._boot_for_reading(reading, vm_files, choice)
+                        break
+                    except TimedOut:
+                        if attempt == _BOOT_TRIES:
+                            raise
+                        sink.warning(f"{row.name} did not come up in time; trying once more")
+                yield vmm.endpoint(vm_files.runtime)
+            finally:
+                # Nothing was mounted for writing: there is nothing to shut down.
+                if process is not None:
+                    await vmm.kill(process)
+                await self._clear(reading)
+                await self._rows.update(row)
+                self._read.discard(row.id)
+
+    async def _boot_for_reading(
+        self, row: VmRow, vm_files: VmFiles, choice: VmmChoice
+    ) -> tuple[ProcessIdentity, VmRow]:
+        vmm = self._vmms[choice.vmm]
+        with files.no_space_named(self._layout.vms):
+            files.make_private_directory(vm_files.runtime)
+            vm_files.console_log.write_bytes(b"")
+            vm_files.vmm_log.write_bytes(b"")
+            spec = await self._boot.prepare_export(
+                row,
+                vm_files,
+                choice,
+                await self._identity.authorized_key(),
+                drives_by_serial=vmm.capabilities.drives_by_serial,
+            )
+        process = await vmm.start(spec)
+        try:
+            row = await self._rows.update(
+                replace(
+                    row,
+                    boot_id=process.boot_id,
+                    pid=process.pid,
+                    pid_start=process.start_ticks,
+                    started_at=_now(),
+                )
+            )
+            await self._agent_answers(row, process)
+        except BaseException:
+            await vmm.kill(process)
+            await self._clear(row)
+            raise
+        return process, row
 
     # --- watching ---
 
