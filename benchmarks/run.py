@@ -267,7 +267,7 @@ def rows(user: Sandbox, rounds: int, *, build: bool) -> Iterator[Row]:
     yield memory_row(user)
     user.ok("vm", "delete", "bench")
     with tempfile.TemporaryDirectory(prefix="bench-", dir=cache_root()) as work:
-        yield from import_rows(Path(work))
+        yield from import_rows(user, Path(work))
     if build:
         yield build_row()
 

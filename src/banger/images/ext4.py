@@ -24,6 +24,7 @@ from banger.events import EventSink, NullSink
 from banger.host.commands import HostCommands
 from banger.host.files import (
     allocated_bytes,
+    begin_writeback,
     copy_sparse,
     make_private_directory,
     no_space_named,
@@ -47,7 +48,7 @@ _BYTES_PER_INODE = 16384
 _INODE_BYTES = 256
 _MIN_SIZE_BYTES = 4 * 1024 * 1024
 _MKE2FS_TIMEOUT_S = 900
-_GROWTH_INTERVAL_S = 0.5
+_GROWTH_INTERVAL_S = 0.1  # of an operation's events ten a second are kept
 _GROWTH_FLOOR_BYTES = 1024 * 1024
 _PROBED: dict[str, Strategy] = {}
 # Bumped when the options of `make_disk` change, so that old templates are not used.
@@ -296,12 +297,13 @@ async def _mke2fs(
 
 @contextlib.asynccontextmanager
 async def _growth_told(path: Path, sink: EventSink) -> AsyncIterator[None]:
-    """Report what a file occupies while something else writes it."""
+    """Report what a file occupies while something else writes it, and have it go to the disk."""
 
     async def tell() -> None:
         begun = allocated_bytes(path)
         while True:
             await asyncio.sleep(_GROWTH_INTERVAL_S)
+            await asyncio.to_thread(begin_writeback, path)
             # Inode tables come first, then nothing until the tar begins to flow.
             if (now := allocated_bytes(path)) > begun + _GROWTH_FLOOR_BYTES:
                 sink.progress(now)

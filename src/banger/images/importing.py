@@ -117,7 +117,7 @@ async def import_image(
             await _build(layers, rootfs, work, request, limits, commands, sink)
         sink.stage("installing the image")
         rootfs.chmod(0o444)
-        digest = await artifacts.digest_file(rootfs)
+        digest = await _digest_synced(rootfs)
         files, allocated = artifacts.measure(rootfs.parent)
         manifest = ImageManifest(
             name=request.name,
@@ -141,6 +141,20 @@ async def import_image(
             artifacts.install, rootfs.parent, data_dir, "image", manifest, force=request.force
         )
     return manifest
+
+
+async def _digest_synced(path: Path) -> str:
+    """Return a file's digest while the disk takes it: `install` finds it synced."""
+
+    def sync() -> None:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+    syncing = asyncio.create_task(asyncio.to_thread(sync))
+    try:
+        return await artifacts.digest_file(path)
+    finally:
+        await syncing
 
 
 # -- the layers of a source
@@ -315,6 +329,7 @@ class _Flattener:
         self.summary: asyncio.Future[dict[str, int]] = asyncio.get_running_loop().create_future()
         self.marked: list[Marked] = []
         self._error: BangerError | None = None
+        self._is_fed = False
         self._is_done = False
 
     async def run(self, tar_fd: int, commands: HostCommands) -> None:
@@ -354,6 +369,8 @@ class _Flattener:
                     }  # fmt: skip
                     with contextlib.suppress(BrokenPipeError):
                         lines.write(_line({"layer": layer}))
+            self._sink.stage("reading layers")
+            self._is_fed = True
 
         listener = asyncio.create_task(self._listen(said_read))
         try:
@@ -377,8 +394,10 @@ class _Flattener:
             transport.close()
 
     def _take(self, message: dict[str, Any]) -> None:
-        if "progress" in message and self.summary.done():
-            self._sink.progress(message["progress"], self.summary.result()["data_bytes"])
+        if "progress" in message:
+            if self._is_fed:
+                total = self.summary.result()["data_bytes"] if self.summary.done() else 0
+                self._sink.progress(message["progress"], total)
         elif "warning" in message:
             self._sink.warning(message["warning"])
         elif "summary" in message:

@@ -19,7 +19,7 @@ from banger.errors import Corrupted, InvalidInput
 
 CHUNK_BYTES = 1 << 20
 _READ_BYTES = 256 * 1024
-_AHEAD = 4  # pieces of 1 MiB between two threads
+_AHEAD = 16  # pieces of 1 MiB between two threads
 # A tar header with its long name or its attributes; content is taken by `pieces`.
 MAX_HEADER_BYTES = 1 << 20
 # Below this nobody's disk is in danger, whatever the ratio: a page of zeros compresses 1:1000.
