@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from banger.errors import BangerError
-from banger.images.flatten import Layer, index_layer, plan_of, write_tar
-from banger.images.layers import Limits, Tree
+from banger.images.layer_tars import Layer, index_layer
+from banger.images.layers import Limits, Node, Tree
+from banger.images.merged_tar import plan_of, write_tar
+from banger.images.top_layer import CannotStream, write_streamed
 from tests.support.layouts import directory, hard_link, member, symlink, tar_of
 
 _SEED = tar_of([
@@ -123,3 +125,49 @@ def test_any_members(members: list[Any]) -> None:
     found = _read(tar_of(members, tarfile.GNU_FORMAT))
     if found is not None:
         _plain(found)
+
+
+def _facts(tree: Tree, tars: list[bytes]) -> dict[bytes, object]:
+    """Return what each name of a tree is, with its content and the names it shares its inode with."""
+    names: dict[int, set[bytes]] = {}
+    for path, node in tree.walk():
+        names.setdefault(id(node), set()).add(path)
+
+    def content(node: Node) -> bytes:
+        if node.content is None:
+            return b""
+        layer, offset, size, _ = node.content
+        return tars[layer][offset : offset + size]
+
+    return {
+        path: (node.mode, node.uid, node.mtime, node.target, content(node), names[id(node)])
+        for path, node in tree.walk()
+    }
+
+
+@settings(max_examples=800)
+@given(st.lists(_members, max_size=6), st.lists(_members, min_size=1, max_size=10))
+def test_a_streamed_top_layer_unpacks_to_the_merged_tree(lower: list[Any], top: list[Any]) -> None:
+    """Whoever unpacks what is streamed, member by member, has what the index would have made."""
+    for number, (info, _) in enumerate((*lower, *top)):
+        info.uid, info.mtime = number, 1000 + number
+    tars = [tar_of(lower, tarfile.GNU_FORMAT), tar_of(top, tarfile.GNU_FORMAT)]
+    with tempfile.TemporaryDirectory() as directory_name:
+        layers = []
+        for number, tar in enumerate(tars):
+            path = f"{directory_name}/{number}"
+            with open(path, "wb") as file:
+                file.write(tar)
+            layers.append(Layer(path, 0, len(tar)))
+        tree = Tree(_LIMITS)
+        out = io.BytesIO()
+        try:
+            index_layer(tree, layers[0])
+            write_streamed(tree, layers, 1 << 30, out)
+        except (BangerError, CannotStream):
+            return
+        with open(f"{directory_name}/out", "wb") as file:
+            file.write(out.getvalue())
+        unpacked = Tree(_LIMITS)
+        index_layer(unpacked, Layer(f"{directory_name}/out", 0, len(out.getvalue())))
+    assert _facts(unpacked, [out.getvalue()]) == _facts(tree, tars)

@@ -26,7 +26,7 @@ from banger.host.commands import HostCommands
 from banger.host.tasks import piped, together
 from banger.images import artifacts
 from banger.images.artifacts import ImageManifest
-from banger.images.ext4 import build_ext4, check_ext4, size_for
+from banger.images.ext4 import build_ext4, check_ext4, probe_strategy, size_for
 from banger.images.inodes import Marked, apply_xattrs
 from banger.images.layers import Limits
 from banger.images.layouts import open_archive, open_layout
@@ -51,6 +51,8 @@ from banger.images.reference import (
 
 _TIMEOUT_S = 3600.0
 _LINE_LIMIT_BYTES = 16 << 20  # the last message names every inode with odd attributes
+# A top layer from here on is written while it is read; below, nobody would notice.
+STREAM_FROM_BYTES = 64 << 20
 _PIPE_BYTES = 1 << 20  # F_SETPIPE_SZ; as much as a user may have
 
 Layered = RegistryRef | LayoutRef | OciArchiveRef | DockerArchiveRef
@@ -85,6 +87,7 @@ class _Layers:
     defaults: Defaults = field(default_factory=Defaults)
     platform: str = ""
     digest: str = ""
+    newest: int = 0  # no file is expected to be newer, in seconds since the epoch; 0: unknown
 
 
 async def import_image(
@@ -217,7 +220,7 @@ async def _layers_of(
             for layer, diff_id in zip(image.layers, image.diff_ids, strict=True)
         ]
         try:
-            yield _Layers(each, total, image.defaults, image.platform, image.digest)
+            yield _Layers(each, total, image.defaults, image.platform, image.digest, image.created)
         finally:
             for task in tasks.values():
                 task.cancel()
@@ -252,7 +255,8 @@ async def _rootfs_layer(
     async def ready() -> tuple[BlobFile, str]:
         return BlobFile(path, 0, size), ""
 
-    return _Layers([ready], size, platform=str(platform))
+    newest = int(path.stat().st_mtime)
+    return _Layers([ready], size, platform=str(platform), newest=newest)
 
 
 async def _tar_of(directory: Path, work: Path, commands: HostCommands) -> Path:
@@ -289,7 +293,36 @@ async def _build(
     commands: HostCommands,
     sink: EventSink,
 ) -> None:
-    flattener = _Flattener(layers, limits, sink)
+    if await probe_strategy(commands) == "tar":
+        try:
+            await _merge(layers, rootfs, work, request, limits, commands, sink, streamed=True)
+            return
+        except _Restart:
+            pass
+        except NoSpace as error:
+            # It was promised too little: the index knows.
+            if "does not fit" not in error.message or request.size_bytes:
+                raise
+        sink.stage("reading layers once more")
+    await _merge(layers, rootfs, work, request, limits, commands, sink, streamed=False)
+
+
+class _Restart(Exception):
+    """The top layer cannot be streamed."""
+
+
+async def _merge(
+    layers: _Layers,
+    rootfs: Path,
+    work: Path,
+    request: ImportRequest,
+    limits: Limits,
+    commands: HostCommands,
+    sink: EventSink,
+    *,
+    streamed: bool,
+) -> None:
+    flattener = _Flattener(layers, limits, sink, streamed=streamed)
 
     async def consume(read_fd: int) -> None:
         summary = await flattener.summary
@@ -322,8 +355,11 @@ async def _build(
 class _Flattener:
     """The talk with the process of `images.flatten`; see there for the messages."""
 
-    def __init__(self, layers: _Layers, limits: Limits, sink: EventSink) -> None:
+    def __init__(self, layers: _Layers, limits: Limits, sink: EventSink, *, streamed: bool) -> None:
         self._layers = layers
+        self._stream: dict[str, int] | None = None
+        if streamed and layers.newest:
+            self._stream = {"newest": layers.newest, "from_bytes": STREAM_FROM_BYTES}
         self._limits = limits
         self._sink = sink
         self.summary: asyncio.Future[dict[str, int]] = asyncio.get_running_loop().create_future()
@@ -331,6 +367,7 @@ class _Flattener:
         self._error: BangerError | None = None
         self._is_fed = False
         self._is_done = False
+        self._is_restart = False
 
     async def run(self, tar_fd: int, commands: HostCommands) -> None:
         """Feed it every layer and write its tar to `tar_fd`; raises what it found wrong."""
@@ -353,6 +390,8 @@ class _Flattener:
             finally:
                 os.close(said_write)  # the listener sees the end
             await listener
+            if self._is_restart:
+                raise _Restart
             if failure is not None:
                 raise self._error or CommandFailed(
                     "the layers could not be read", stderr_tail=failure.stderr_tail
@@ -360,15 +399,17 @@ class _Flattener:
 
         async def feed() -> None:
             with os.fdopen(lines_write, "wb", buffering=0) as lines:
-                lines.write(_line({"limits": dataclasses.asdict(self._limits)}))
-                for ready in self._layers.each:
+                head = {"limits": dataclasses.asdict(self._limits), "stream": self._stream}
+                lines.write(_line(head))
+                for number, ready in enumerate(self._layers.each, start=1):
                     blob, diff_id = await ready()
                     layer = {
                         "path": str(blob.path), "offset": blob.offset, "size": blob.size,
                         "diff_id": diff_id,
                     }  # fmt: skip
                     with contextlib.suppress(BrokenPipeError):
-                        lines.write(_line({"layer": layer}))
+                        is_top = number == len(self._layers.each)
+                        lines.write(_line({"layer": layer, "is_top": is_top}))
             self._sink.stage("reading layers")
             self._is_fed = True
 
@@ -402,6 +443,8 @@ class _Flattener:
             self._sink.warning(message["warning"])
         elif "summary" in message:
             self.summary.set_result(message["summary"])
+        elif "restart" in message:
+            self._is_restart = True
         elif "error" in message:
             error = message["error"]
             kind = Corrupted if error["code"] == Corrupted.code else InvalidInput

@@ -67,6 +67,24 @@ class Member(NamedTuple):
     content: Content | None = None
 
 
+class Placed(NamedTuple):
+    """Where a member went: the directories walked to it, with the names taken, and what was there.
+
+    `node` is the member's own, or the one it links to; `replaced` is another that had its name.
+    """
+
+    trail: list[tuple[Node, bytes]]
+    parent: Node
+    name: bytes
+    node: Node
+    replaced: Node | None
+
+    @property
+    def path(self) -> bytes:
+        """Return the name from the root on."""
+        return b"/".join((*(name for _, name in self.trail), self.name))
+
+
 class Node:
     """One inode. Hard links are several names of one Node."""
 
@@ -126,8 +144,11 @@ class Tree:
         self.layer += 1
         return self.layer
 
-    def apply(self, member: Member) -> None:
-        """Apply one member of the present layer; raise InvalidInput for what no image may hold."""
+    def apply(self, member: Member) -> Placed | None:
+        """Apply one member of the present layer; raise InvalidInput for what no image may hold.
+
+        Returns where it went; None for whiteouts and for the root.
+        """
         self.entries += 1
         if self.entries > self.limits.max_entries:
             raise InvalidInput(
@@ -146,18 +167,20 @@ class Tree:
             if not stat.S_ISDIR(member.mode):
                 raise InvalidInput("a layer makes the image's root something else than a directory")
             self.root.describe(member)
-            return
+            return None
         name = parts[-1]
         if name.startswith(WHITEOUT):
             self._white_out(parts[:-1], name)
-            return
+            return None
         if len(name) > _MAX_NAME_BYTES:
             raise InvalidInput(f"a layer has a name longer than 255 bytes: {_shown(member.name)}")
-        parent = self._parent(parts[:-1], member.name)
+        parent, trail = self._parent(parts[:-1], member.name)
         node = self._linked(member) if member.is_hard_link else self._placed(parent, name, member)
         assert parent.children is not None
+        found = parent.children.get(name)
         parent.children[name] = node
         parent.freshen(name, self.layer)
+        return Placed(trail, parent, name, node, None if found is node else found)
 
     def _placed(self, parent: Node, name: bytes, member: Member) -> Node:
         assert parent.children is not None
@@ -213,7 +236,9 @@ class Tree:
         for below in list(child.children or ()):
             self._hide(child, below)
 
-    def _parent(self, parts: tuple[bytes, ...], member_name: bytes) -> Node:
+    def _parent(
+        self, parts: tuple[bytes, ...], member_name: bytes
+    ) -> tuple[Node, list[tuple[Node, bytes]]]:
         """Return the directory of a new name, making what is missing, marked as this layer's."""
         walked = self._walk(parts, make=True)
         if walked is None:
@@ -223,12 +248,16 @@ class Tree:
         return walked
 
     def _find_directory(self, parts: tuple[bytes, ...]) -> Node | None:
-        return self._walk(parts, make=False)
+        walked = self._walk(parts, make=False)
+        return None if walked is None else walked[0]
 
-    def _walk(self, parts: tuple[bytes, ...], *, make: bool) -> Node | None:
+    def _walk(
+        self, parts: tuple[bytes, ...], *, make: bool
+    ) -> tuple[Node, list[tuple[Node, bytes]]] | None:
         """Walk to a directory inside the image; `..` of a link stops at the root, as chroot's does.
 
-        None when something on the way is no directory, or (without `make`) is not there.
+        Returns it and the directories above it, each with the name taken there; None when something
+        on the way is no directory, or (without `make`) is not there.
         """
         trail: list[tuple[Node, bytes]] = []  # the directories above `here`, and the names taken
         here = self.root
@@ -274,7 +303,7 @@ class Tree:
         if make:
             for directory, name in trail:
                 directory.freshen(name, self.layer)
-        return here
+        return here, trail
 
     def walk(self) -> Iterator[tuple[bytes, Node]]:
         """Yield every name below the root with its node, parents first, in byte order."""

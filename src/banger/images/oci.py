@@ -7,6 +7,7 @@ a platform, and the protocol every source of blobs meets. Fetches nothing itself
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 import re
@@ -110,6 +111,7 @@ class _ImageConfig(msgspec.Struct, frozen=True):
     architecture: str = ""
     os: str = ""
     variant: str = ""
+    created: str | None = None
     config: _RuntimeConfig | None = None
     rootfs: _RootFs = _RootFs()
 
@@ -134,6 +136,7 @@ class Image:
     layers: tuple[Descriptor, ...]
     diff_ids: tuple[str, ...]
     defaults: Defaults
+    created: int  # seconds since the epoch; 0 when it does not say
 
 
 def host_platform() -> Platform:
@@ -284,7 +287,17 @@ async def _image(
         document.layers,
         diff_ids or ("",) * len(document.layers),
         defaults_of(config.config or _RuntimeConfig()),
+        _seconds(config.created or ""),
     )
+
+
+def _seconds(text: str) -> int:
+    """Return an RFC 3339 time as seconds; 0 for anything else, and for what 31 bits do not hold."""
+    try:
+        seconds = int(datetime.datetime.fromisoformat(text).timestamp())
+    except (ValueError, OverflowError):
+        return 0
+    return seconds if 0 < seconds < 1 << 31 else 0
 
 
 def defaults_of(config: _RuntimeConfig) -> Defaults:
