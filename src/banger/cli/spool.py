@@ -20,9 +20,13 @@ def spooled(paths: Paths) -> Iterator[tuple[int, str]]:
     directory = os.path.join(paths.cache_dir, "incoming")
     os.makedirs(directory, mode=0o700, exist_ok=True)
     _sweep(directory)
-    fd, path = tempfile.mkstemp(suffix=".tar", dir=directory)
-    try:
+    while True:
+        fd, path = tempfile.mkstemp(suffix=".tar", dir=directory)
         fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)  # swept by another between the two lines
+    try:
         yield fd, path
     finally:
         os.unlink(path)
