@@ -57,3 +57,10 @@ def test_every_dependency_is_imported() -> None:
         if package:
             spelled += rf"|from {re.escape(package)} import {module}\b"
         assert re.search(spelled, source), name
+
+
+def test_no_archive_is_ever_extracted() -> None:
+    """Hostile names never touch the host's file tree: tarfile and zipfile unpack nothing here."""
+    calls = re.compile(r"\.(extract|extractall|unpack_archive)\(")
+    found = [str(path) for path in _PACKAGE.rglob("*.py") if calls.search(path.read_text())]
+    assert found == []
