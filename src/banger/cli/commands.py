@@ -117,6 +117,11 @@ NOUNS: dict[str, Noun] = {
         "The settings in force",
         {
             "show": Verb("config", "Show every setting with its value"),
+            "get": Verb("config_edit", "Print one setting's value"),
+            "set": Verb("config_edit", "Set a setting; comments stay"),
+            "unset": Verb("config_edit", "Take a setting back to its default"),
+            "edit": Verb("config_edit", "Open config.toml in your editor, checked"),
+            "check": Verb("config_edit", "Check config.toml"),
             "path": Verb("config", "Print the path of config.toml"),
         },
     ),

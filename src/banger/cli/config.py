@@ -38,7 +38,7 @@ def run_show(context: Context, _args: argparse.Namespace) -> int:
     """Show every setting."""
     from banger import config
 
-    settings = _as_dict(config.load_config(context.paths.config_dir))
+    settings = as_dict(config.load_config(context.paths.config_dir))
     if context.json:
         output.write_json(settings)
         return 0
@@ -46,19 +46,19 @@ def run_show(context: Context, _args: argparse.Namespace) -> int:
     return 0
 
 
-def _as_dict(value: Any) -> Any:
+def as_dict(value: Any) -> Any:
     """Turn a settings value (Struct, dataclass or NamedTuple) into plain containers."""
     if hasattr(value, "_asdict"):
-        return {name: _as_dict(found) for name, found in value._asdict().items()}
+        return {name: as_dict(found) for name, found in value._asdict().items()}
     fields = getattr(type(value), "__struct_fields__", None) or getattr(
         type(value), "__dataclass_fields__", None
     )
     if fields is not None:
-        return {name: _as_dict(getattr(value, name)) for name in fields}
+        return {name: as_dict(getattr(value, name)) for name in fields}
     if isinstance(value, dict):
-        return {str(name): _as_dict(found) for name, found in value.items()}
+        return {str(name): as_dict(found) for name, found in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_as_dict(found) for found in value]
+        return [as_dict(found) for found in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
