@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -161,6 +163,33 @@ def test_a_published_port_leads_to_the_workspace(guest: Guest) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://127.0.0.1:{guest.port}/file", timeout=30) as answer:
         assert answer.read() == b"from the repository\n"
+
+
+def test_forwards_lead_to_what_listens(guest: Guest) -> None:
+    shown = guest.user.popen("vm", "forward", guest.name, "--auto", "--json")
+    named = guest.user.popen("vm", "forward", guest.name, f"8000:{free_port()}", "--json")
+    try:
+        assert shown.stdout is not None
+        assert named.stdout is not None
+        # The guest's httpd listens on 8000 already.
+        for one in (shown, named):
+            while (said := json.loads(one.stdout.readline()))["guest_port"] != 8000:
+                pass
+            assert said["type"] == "open"
+            with socket.create_connection(("127.0.0.1", said["port"]), timeout=60) as client:
+                client.sendall(b"GET /file HTTP/1.0\r\n\r\n")
+                assert client.recv(100).startswith(b"HTTP/1.")
+    finally:
+        for one in (shown, named):
+            one.send_signal(signal.SIGINT)
+            one.communicate(timeout=60)
+            assert one.returncode == 130
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    with taken:
+        ran = guest.user.run("vm", "forward", guest.name, f"8000:{port}")
+    assert ran.returncode == 125
+    assert b"is taken" in ran.stderr
 
 
 def test_the_entrypoint_runs_as_the_image_says(guest: Guest) -> None:

@@ -51,6 +51,7 @@ NOUNS: dict[str, Noun] = {
             "show": Verb("vm_show", "Show everything about a VM"),
             "stats": Verb("vm_show", "Show what VMs cost the host, and their own view"),
             "ports": Verb("vm_show", "List the ports that listen inside a VM"),
+            "forward": Verb("vm_forward", "Let a VM's ports answer on this host's loopback"),
             "logs": Verb("logs", "Show a VM's console, or its VMM's log"),
             "exec": Verb("vm_exec", "Run a command in a running VM"),
             "ssh": Verb("vm_ssh", "Enter a running VM through ssh"),

@@ -85,48 +85,91 @@ def join_agent(endpoint: Endpoint) -> Join:
     return join
 
 
-def serve(forwards: list[Forward], join: Join, limit: int, pid: int) -> None:
+class Carrier:
+    """Listens on ports of this host and carries each connection into the guest by `join`."""
+
+    def __init__(self, join: Join, limit: int) -> None:
+        self._join = join
+        self._room = threading.BoundedSemaphore(_affordable(limit))
+        self._poll = select.poll()
+        self._listeners: dict[int, tuple[socket.socket, int]] = {}
+
+    def listen(self, forward: Forward) -> int:
+        """Begin to carry a port and return the host's (0 asked for a free one); raise OSError."""
+        listener = socket.create_server((forward.host, forward.host_port), backlog=128)
+        self._listeners[listener.fileno()] = (listener, forward.guest_port)
+        self._poll.register(listener, select.POLLIN)
+        port: int = listener.getsockname()[1]
+        return port
+
+    def forget(self, guest_port: int) -> None:
+        """Take no more connections for a port of the guest; those there are go on."""
+        for fd, (listener, port) in list(self._listeners.items()):
+            if port == guest_port:
+                self._poll.unregister(fd)
+                del self._listeners[fd]
+                listener.close()
+
+    def run(
+        self, ended: int, *, every_s: float | None = None, look: Callable[[], None] | None = None
+    ) -> None:
+        """Carry connections until the process of the pidfd `ended` has ended.
+
+        `look` is called every `every_s` seconds, and may listen and forget.
+        """
+        self._poll.register(ended, select.POLLIN)
+        due = time.monotonic()
+        while True:
+            if look is not None and every_s is not None and time.monotonic() >= due:
+                look()
+                due = time.monotonic() + every_s
+            wait_ms = None if every_s is None else max(0.0, due - time.monotonic()) * 1000
+            for fd, _ in self._poll.poll(wait_ms):
+                if fd == ended:
+                    return
+                self._accept(fd)
+
+    def _accept(self, fd: int) -> None:
+        # Without room the next ones wait in the kernel's backlog, for a while.
+        if not self._room.acquire(timeout=_POLL_S):
+            return
+        listener, port = self._listeners[fd]
+        try:
+            client, _ = listener.accept()
+            threading.Thread(target=self._carry, args=(client, port), daemon=True).start()
+        except (OSError, RuntimeError):  # no descriptor or no thread is left: some will be
+            self._room.release()
+            time.sleep(_POLL_S)
+
+    def _carry(self, client: socket.socket, port: int) -> None:
+        try:
+            # A guest that refuses, or is gone, shows as a connection that closes.
+            with client, contextlib.suppress(OSError, BangerError):
+                self._join(client, port)
+        finally:
+            self._room.release()
+
+
+def agent_carrier(endpoint: Endpoint) -> Carrier:
+    """Return a carrier through a guest's agent."""
+    limit = _SERIAL_CONNECTIONS if isinstance(endpoint, VirtioSerial) else _CONNECTIONS
+    return Carrier(join_agent(endpoint), limit)
+
+
+def serve(forwards: list[Forward], carrier: Carrier, pid: int) -> None:
     """Listen, say `ready`, and carry connections until the process `pid` ends.
 
     Raises OSError when a port is taken or there is no such process.
     """
-    room = threading.BoundedSemaphore(limit)
     ended = os.pidfd_open(pid)
-    poll = select.poll()
-    poll.register(ended, select.POLLIN)
-    listeners = {}
     for forward in forwards:
-        listener = socket.create_server((forward.host, forward.host_port), backlog=128)
-        listeners[listener.fileno()] = (listener, forward.guest_port)
-        poll.register(listener, select.POLLIN)
+        carrier.listen(forward)
     print("ready", flush=True)
     # Nobody reads what we say from here on: a full pipe would stop us.
     with open(os.devnull, "wb") as nothing:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nothing.fileno(), stream.fileno())
-
-    def carry(client: socket.socket, port: int) -> None:
-        try:
-            # A guest that refuses, or is gone, shows as a connection that closes.
-            with client, contextlib.suppress(OSError, BangerError):
-                join(client, port)
-        finally:
-            room.release()
-
-    while True:
-        for fd, _ in poll.poll():
-            if fd == ended:
-                return
-            # Without room the next ones wait in the kernel's backlog, for a while.
-            if not room.acquire(timeout=_POLL_S):
-                continue
-            listener, port = listeners[fd]
-            try:
-                client, _ = listener.accept()
-                threading.Thread(target=carry, args=(client, port), daemon=True).start()
-            except (OSError, RuntimeError):  # no descriptor or no thread is left: some will be
-                room.release()
-                time.sleep(_POLL_S)
+    carrier.run(ended)
 
 
 def _pid(text: str) -> int:
@@ -170,15 +213,12 @@ def main() -> int:
     other.add_argument("--endpoint", type=_endpoint, help="the guest's agent, as in the API")
     parser.add_argument("forwards", nargs="+", type=_forward)
     options = parser.parse_args()
-    limit = _CONNECTIONS
     if options.address is not None:
-        join = join_address(str(options.address))
+        carrier = Carrier(join_address(str(options.address)), _CONNECTIONS)
     else:
-        join = join_agent(options.endpoint)
-        if isinstance(options.endpoint, VirtioSerial):
-            limit = _SERIAL_CONNECTIONS
+        carrier = agent_carrier(options.endpoint)
     try:
-        serve(options.forwards, join, _affordable(limit), options.pid)
+        serve(options.forwards, carrier, options.pid)
     except OSError as error:
         print(f"banger-carrier: {error.strerror or error}", file=sys.stderr)
         return 1
