@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 
 from tests.support.sandbox import Sandbox
@@ -16,9 +16,12 @@ for _number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGINT):
         default = signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL
         signal.signal(_number, default)
 
-# No test is timed: machines here are shared.
-hypothesis.settings.register_profile("banger", deadline=None)
-hypothesis.settings.load_profile("banger")
+with contextlib.suppress(ImportError):  # the lab, where a part of the tests runs, has none
+    import hypothesis
+
+    # No test is timed: machines here are shared.
+    hypothesis.settings.register_profile("banger", deadline=None)
+    hypothesis.settings.load_profile("banger")
 
 _outcome = pytest.StashKey[bool]()
 

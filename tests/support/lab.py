@@ -222,6 +222,11 @@ class Lab:
         logs = "/root/.local/state/banger/bangerd.log* /home/*/.local/state/banger/bangerd.log*"
         return int(self.ok(f"cat {logs} 2>/dev/null | grep -c 'shut down by itself' || true"))
 
+    def has_panicked(self) -> bool:
+        """Tell whether the lab's own kernel has panicked."""
+        console = Path(self._output("dir")) / "l1.log"
+        return console.exists() and b"Kernel panic" in console.read_bytes()
+
     def start_stopped_vms(self) -> None:
         """Start root's VMs that do not run, and wait until each has an sshd."""
         self.ok(
