@@ -27,7 +27,7 @@ from tests.support.sandbox import Sandbox
 
 _MEMORY_LIMIT = 200 << 20
 _TAG = "t"
-_ROUNDS = 3
+_ROUNDS = 2
 
 
 def import_rows(user: Sandbox, work: Path) -> Iterator[Row]:
@@ -157,10 +157,11 @@ def _import(source: str, work: Path) -> None:
 
 
 def _flatten(layout: Path, output: Path) -> None:
-    lines = "".join(
-        json.dumps({"layer": {"path": str(path), "offset": 0, "size": path.stat().st_size}}) + "\n"
-        for path in _layers(layout)
-    )
+    messages: list[dict[str, object]] = [{"limits": {}, "stream": None}]
+    for path in _layers(layout):
+        layer = {"path": str(path), "offset": 0, "size": path.stat().st_size}
+        messages.append({"layer": layer, "is_top": False})
+    lines = "".join(json.dumps(message) + "\n" for message in messages)
     with open(output, "wb") as file:
         subprocess.run(
             [sys.executable, "-m", "banger.images.flatten", str(file.fileno())],
