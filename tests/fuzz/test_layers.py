@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from banger.errors import BangerError
-from banger.images.layer_tars import Layer, index_layer
+from banger.images.layer_tars import Layer, members_of
 from banger.images.layers import Limits, Node, Tree
 from banger.images.merged_tar import plan_of, write_tar
 from banger.images.top_layer import CannotStream, write_streamed
@@ -24,6 +24,13 @@ _SEED = tar_of([
     member(".wh.d"), member("d/.wh..wh..opq"), member("n" * 200, tarfile.FIFOTYPE),
 ])  # fmt: skip
 _LIMITS = Limits(max_entries=200, max_bytes=1 << 24)
+
+
+def index_layer(tree: Tree, layer: Layer) -> None:
+    """Apply a layer to a tree, as `images.flatten` does."""
+    number = tree.begin_layer()
+    for one in members_of(layer, number, tree.limits):
+        tree.apply(one)
 
 
 def _read(data: bytes) -> list[tuple[str, bytes]] | None:

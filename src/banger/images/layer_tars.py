@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 from banger.errors import Corrupted, InvalidInput
-from banger.images.layers import Content, Limits, Member, Tree, check_xattrs
+from banger.images.layers import Content, Limits, Member, check_xattrs
 from banger.images.unpacking import UnpackedStream
 
 _BLOCK = 512
@@ -58,13 +58,6 @@ def open_layer(layer: Layer, limits: Limits) -> Iterator[UnpackedStream]:
             yield stream
         finally:
             stream.close()
-
-
-def index_layer(tree: Tree, layer: Layer) -> None:
-    """Apply a layer's members to the tree; raise InvalidInput or Corrupted for a bad layer."""
-    number = tree.begin_layer()
-    for member in members_of(layer, number, tree.limits):
-        tree.apply(member)
 
 
 def members_of(

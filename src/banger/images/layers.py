@@ -169,6 +169,8 @@ class Tree:
             self.root.describe(member)
             return None
         name = parts[-1]
+        if any(part.startswith(_AUFS) for part in parts[:-1]):
+            return None
         if name.startswith(WHITEOUT):
             self._white_out(parts[:-1], name)
             return None
@@ -277,6 +279,10 @@ class Tree:
             if below is None:
                 if not make:
                     return None
+                if part.startswith(WHITEOUT):
+                    raise InvalidInput(
+                        f"a layer has a directory named as a whiteout: {_shown(part)}"
+                    )
                 if len(part) > _MAX_NAME_BYTES:
                     raise InvalidInput(f"a layer has a name longer than 255 bytes: {_shown(part)}")
                 if len(trail) >= self.limits.max_depth:
