@@ -26,6 +26,9 @@ PACKAGES=make,systemd-resolved,libnss-resolve,passt,tcpdump
 # Its kernel, Firecracker and guest depend on lab.sh only, and are kept when just our part changes.
 LAB_DIR=$CACHE/lab-$(content_key "$SHARED")
 export LAB_DIR
+# One CPU: with two emulated ones its kernel panics ("corrupted stack end"), or a guest in it resets,
+# in two whole runs of three; with one, in none yet (docs/debugging.md, 16).
+export LAB_SMP=${LAB_SMP:-1}
 
 # Of many checkouts' labs each has a port of its own, as long as it runs.
 lab_port() {

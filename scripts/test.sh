@@ -17,14 +17,14 @@ mkdir -p "$BANGER_CI_CACHE"
 BANGER_GO=$(find_go)
 export BANGER_GO
 # The last line is pytest's own summary, and its status is ours.
-PANIC=test-results/lab/kernel-panic
-rm -f "$PANIC"
+BROKE=test-results/lab/broke
+rm -f "$BROKE"
 .venv/bin/python -m pytest "$@" && exit || status=$?
-# The lab's own kernel is emulated, and panics once in a while; every test after that fails. Those
-# run once more in a new lab, if nothing else has failed.
+# The lab's own kernel is emulated, and panics once in a while; every test after that fails
+# (tests/lab/conftest.py). Those run once more in a new lab, if nothing else has failed.
 failed=.pytest_cache/v/cache/lastfailed
-if [ -e "$PANIC" ] && [ -e "$failed" ] && ! grep -qv -e '^[{}]' -e '"tests/lab/' "$failed"; then
-    say "the lab's kernel panicked: what failed in it runs once more, in a new one"
+if [ -e "$BROKE" ] && [ -e "$failed" ] && ! grep -qv -e '^[{}]' -e '"tests/lab/' "$failed"; then
+    say "the lab broke: what failed in it runs once more, in a new one"
     # CI's plugin asks for machines that booted: the first run had them.
     PYTEST_ADDOPTS='' exec .venv/bin/python -m pytest --last-failed tests/lab
 fi

@@ -15,7 +15,7 @@ import pytest
 from tests.support.lab import EVIDENCE, Lab, why_no_lab
 
 _HERE = Path(__file__).parent
-PANIC = EVIDENCE / "kernel-panic"
+BROKE = EVIDENCE / "broke"
 # The first test also waits for the lab: see the bounds in tests/support/lab.py.
 _TIMEOUT_S = 2400
 # Collecting takes seconds; of a lab in which everything fails the first ones tell.
@@ -74,13 +74,28 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
     report = yield
     kept = item.config.stash.get(_kept, 0)
     lab = item.config.stash.get(_lab, None)
-    if report.failed and lab is not None and lab.has_panicked():
-        # Seen once in some ten labs: its kernel is emulated too. scripts/test.sh reads this.
-        PANIC.touch()
+    if report.failed and lab is not None and _broke(item, lab, call.when):
+        BROKE.touch()
     if report.failed and lab is not None and kept < _KEPT_TESTS:
         item.config.stash[_kept] = kept + 1
         lab.keep_evidence(item.name)
     return report
+
+
+def _broke(item: pytest.Item, lab: Lab, when: str) -> bool:
+    """Tell whether the lab failed, not the test; scripts/test.sh then takes a new one, once.
+
+    Its kernel panicked, for it is emulated too; or a guest reset under a fixture, which is not
+    made twice as a test is.
+    """
+    if lab.has_panicked():
+        return True
+    seen = item.config.stash.get(_resets, 0)
+    try:
+        return when == "setup" and lab.guest_resets() != seen
+    except (AssertionError, subprocess.SubprocessError):
+        # It does not answer.
+        return True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -103,7 +118,7 @@ def lab(pytestconfig: pytest.Config) -> Iterator[Lab]:
     pytestconfig.stash[_lab] = made
     try:
         made.start()
-        PANIC.unlink(missing_ok=True)
+        BROKE.unlink(missing_ok=True)
         yield made
     finally:
         del pytestconfig.stash[_lab]

@@ -229,7 +229,7 @@ def test_a_guest_that_ends_by_itself_is_seen_as_stopped(pair: Lab) -> None:
 
 
 def test_open_vms_reach_each_other(pair: Lab) -> None:
-    pair.ok("banger vm stop one", timeout_s=_PATIENCE_S)
+    pair.ok("banger vm stop one two", timeout_s=_PATIENCE_S)
     pair.ok("banger vm set one --no-isolate && banger vm set two --no-isolate --no-nat")
     pair.ok("banger vm start one two", timeout_s=2 * _BOOT_S)
     one, two = (_vm(pair, name)["address"] for name in ("one", "two"))

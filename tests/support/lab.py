@@ -220,7 +220,8 @@ class Lab:
     def guest_resets(self) -> int:
         """Return how often a guest has ended by itself in this lab so far."""
         logs = "/root/.local/state/banger/bangerd.log* /home/*/.local/state/banger/bangerd.log*"
-        return int(self.ok(f"cat {logs} 2>/dev/null | grep -c 'shut down by itself' || true"))
+        ends = "shut down by itself|ended while booting"
+        return int(self.ok(f"cat {logs} 2>/dev/null | grep -cE '{ends}' || true"))
 
     def has_panicked(self) -> bool:
         """Tell whether the lab's own kernel has panicked."""

@@ -164,7 +164,9 @@ class OperationManager:
         log.info("%s %s begins", operation.kind, operation.subject, extra=extra)
         status, event = await _outcome(operation, step)
         operation.finish(status, event)
-        log.info("%s %s: %s", operation.kind, operation.subject, status, extra=extra)
+        # Who asked may be gone when somebody looks into it: the log says why.
+        why = event["error"]["message"] if event["type"] == "error" else status
+        log.info("%s %s: %s", operation.kind, operation.subject, why, extra=extra)
         finished = [op.id for op in self._operations.values() if op.status != "running"]
         for old in finished[:-_KEPT_FINISHED]:
             del self._operations[old]
