@@ -86,7 +86,7 @@ class Layout:
             "architecture": architecture,
             "os": system,
             "config": config or {},
-            "created": "2033-05-18T03:33:20Z",
+            "created": "2033-05-18T03:33:20.4Z",
             "rootfs": {
                 "type": "layers",
                 "diff_ids": [digest(one) for one in layers] if diff_ids is None else list(diff_ids),

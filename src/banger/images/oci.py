@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -292,9 +293,12 @@ async def _image(
 
 
 def _seconds(text: str) -> int:
-    """Return an RFC 3339 time as seconds; 0 for anything else, and for what 31 bits do not hold."""
+    """Return an RFC 3339 time as seconds; 0 for anything else, and for what 31 bits do not hold.
+
+    Rounded up, as Go's archive/tar may have rounded the times of files made just before it.
+    """
     try:
-        seconds = int(datetime.datetime.fromisoformat(text).timestamp())
+        seconds = math.ceil(datetime.datetime.fromisoformat(text).timestamp())
     except (ValueError, OverflowError):
         return 0
     return seconds if 0 < seconds < 1 << 31 else 0
