@@ -48,6 +48,14 @@ class ImportLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_expansion: int = 200
 
 
+class FileSync(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of this host that every VM gets at its start; `~/` is the home here, /root there."""
+
+    host: str
+    guest: str
+    mode: str = "0600"
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Every key of the file."""
 
@@ -79,6 +87,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registries: RegistriesConfig = RegistriesConfig()
     import_limits: ImportLimits = ImportLimits()
     catalogs: list[str] = []
+    credential_sync: bool = True
+    file_sync: list[FileSync] = []
     vm: VmConfig = VmConfig()
 
 
@@ -196,6 +206,9 @@ def _check_values(config: Config, path: str) -> None:
     for location in config.catalogs:
         if why := _why_no_catalog(location):
             refuse("catalogs", f"{location!r} {why}")
+    for file in config.file_sync:
+        if why := _why_no_sync(file):
+            refuse("file_sync", why)
     for key, value in (("vm.memory", config.vm.memory), ("vm.disk_size", config.vm.disk_size)):
         try:
             if value is not None and size_of(value) < 1:
@@ -225,6 +238,19 @@ def _may_be_plain(host: str, insecure: list[str]) -> bool:
         return ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:
         return name == "localhost" or host in insecure or name in insecure
+
+
+def _why_no_sync(file: FileSync) -> str:
+    """Return what is wrong with an entry of file_sync; empty when nothing is."""
+    for key, path in (("host", file.host), ("guest", file.guest)):
+        parts = path.removeprefix("~").split("/")
+        if not path.startswith(("/", "~/")) or not path.isprintable() or not parts[-1]:
+            return f"{key} = {path!r} is not the absolute path of a file"
+        if ".." in parts or "." in parts or "" in parts[1:]:
+            return f"{key} = {path!r} holds an empty part, `.` or `..`"
+    if not re.fullmatch(r"0?[0-7]{3}", file.mode):
+        return f'mode = {file.mode!r} is not octal, as "0600"'
+    return ""
 
 
 def _why_no_catalog(location: str) -> str:

@@ -16,6 +16,7 @@ from banger.network.plan import parse_bridge
 from banger.paths import Paths
 from banger.services.artifacts import ArtifactService, Wire
 from banger.services.boot import BootFiles
+from banger.services.file_sync import UserFiles
 from banger.services.identity import IdentityService
 from banger.services.networks import NetworkService
 from banger.services.vms import VmDefaults, VmService
@@ -159,6 +160,7 @@ class Parts:
             kernels=self.kernels,
             boot=PlainBoot(self.layout, self.commands),
             identity=IdentityService(self.layout, self.commands, self.layout.default_ssh_key),
+            user_files=UserFiles(self.layout.data.parent / "home", logins=True),
             defaults=VmDefaults(
                 image="tiny",
                 kernel="tiny",

@@ -286,6 +286,7 @@ class VmCreate(TypedDict, total=False):
     `start` boots it and waits for its agent. `owner_pid` makes it ephemeral: it is deleted
     when that process (of the same user) is gone. `kernel` defaults to what the image names;
     `with_sshd` (an sshd is installed when the guest has none) to true for imported images.
+    `credentials` (the user's logins and `file_sync` are written into it at each start) is true.
     """
 
     name: str
@@ -300,6 +301,7 @@ class VmCreate(TypedDict, total=False):
     isolated: bool
     publish: list[str]
     with_sshd: bool
+    credentials: bool
     start: bool
     owner_pid: int
 
@@ -343,6 +345,8 @@ class Vm(TypedDict):
     address: str | None
     dns_name: str | None
     with_sshd: bool
+    credentials: bool
+    synced_files: list[str]
     ephemeral: bool
     pid: int | None
     created_at: str

@@ -78,14 +78,14 @@ def run_get(context: Context, args: argparse.Namespace) -> int:
     """Print a value; strings and lists of them plainly, for scripts."""
     known = _settings(context.paths.config_dir)
     value = known[_check_key(args.key, known)]
+    import json
+
     if context.json:
         output.write_json({"key": args.key, "value": value})
     elif isinstance(value, list):
         for one in value:
-            output.write_line(str(one))
+            output.write_line(one if isinstance(one, str) else json.dumps(one))
     elif value is not None:
-        import json
-
         output.write_line(value if isinstance(value, str) else json.dumps(value))
     return 0
 

@@ -165,6 +165,13 @@ def add_creation(parser: argparse.ArgumentParser) -> None:
         help="install an sshd, in the background, in a guest without one "
         "(default: for imported images)",
     )
+    group.add_argument(
+        "--no-credentials",
+        dest="credentials",
+        action="store_const",
+        const=False,
+        help="give it neither the logins of your coding agents nor the files of file_sync",
+    )
     add_network(parser)
 
 
@@ -190,7 +197,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 
 NETWORK_FIELDS = ("network", "nat", "isolated", "publish")
 CREATION_FIELDS = (
-    *("name", "image", "kernel", "vcpu", "memory", "disk_size", "vmm", "with_sshd"),
+    *("name", "image", "kernel", "vcpu", "memory", "disk_size", "vmm", "with_sshd", "credentials"),
     *NETWORK_FIELDS,
 )
 

@@ -130,6 +130,7 @@ def _fields(vm: Vm) -> list[tuple[str, str]]:
         ("disk", f"{output.format_bytes(vm['disk_size_bytes'])}, {used} in use on the host"),
         ("network", _network(vm)),
         *([("published", " ".join(vm["publish"]))] if vm["publish"] else []),
+        ("files", _files(vm)),
         ("created", vm["created_at"]),
         ("directory", vm["directory"]),
         ("console", vm["console_log"]),
@@ -138,6 +139,12 @@ def _fields(vm: Vm) -> list[tuple[str, str]]:
     if vm["ephemeral"]:
         fields.insert(4, ("ephemeral", "deleted when its command line ends"))
     return fields
+
+
+def _files(vm: Vm) -> str:
+    if vm["synced_files"]:
+        return " ".join(vm["synced_files"])
+    return "none of yours" if vm["credentials"] else "none of yours, by --no-credentials"
 
 
 def _network(vm: Vm) -> str:

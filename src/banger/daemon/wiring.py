@@ -27,6 +27,7 @@ from banger.network.dns import NameServer
 from banger.network.plan import parse_bridge
 from banger.services.artifact_sources import ImageSource, KernelSource
 from banger.services.boot import BootFiles
+from banger.services.file_sync import UserFiles
 from banger.services.identity import IdentityService
 from banger.services.image_store import ImageStore
 from banger.services.images import ImageService, ImportParts
@@ -146,6 +147,7 @@ async def wire(layout: Layout, stop_daemon: Callable[[], None]) -> Daemon:
         kernels=kernels,
         boot=BootFiles(layout, commands),
         identity=IdentityService(layout, commands, ssh_key or layout.default_ssh_key),
+        user_files=UserFiles(Path.home(), logins=config.credential_sync, more=config.file_sync),
         defaults=_defaults(config, limits),
         limits=limits,
         jailer_uid_base=config.jailer_uid_base,

@@ -294,11 +294,12 @@ _IDENTITY = (
 
 
 def export_config(
-    *, hostname: str, authorized_key: str, drives: tuple[str, str, str]
+    *, hostname: str, authorized_key: str, drives: tuple[str, str, str], remove: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return the configuration of a boot whose root file system is only read.
 
-    It says what is taken back of what `boot_config` wrote, and what else is one machine's own.
+    It says what is taken back of what `boot_config` wrote, and what else is one machine's own;
+    `remove` are more files to leave out.
     """
     config = boot_config(
         hostname="",
@@ -318,13 +319,19 @@ def export_config(
             _file("/etc/resolv.conf", ""),
         ],
         "export": {
-            "remove": list(_IDENTITY),
+            "remove": [*_IDENTITY, *(_literal(path) for path in remove)],
             "drop_lines": [
                 _lines("/etc/hosts", own_line),
                 _lines("/root/.ssh/authorized_keys", f"{authorized_key.strip()}\n"),
             ],
         },
     }
+
+
+def _literal(path: str) -> str:
+    """Return a pattern of Go's path.Match whose last component matches itself alone."""
+    above, _, name = path.rpartition("/")
+    return f"{above}/" + re.sub(r"([\\*?\[])", r"\\\1", name)
 
 
 def _lines(path: str, lines: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ Owns the facts of a boot (serial console, clock, names of the drives); leaves th
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -95,6 +96,7 @@ class BootFiles:
             hostname=row.name,
             authorized_key=authorized_key,
             drives=DRIVES_BY_SERIAL if drives_by_serial else DRIVES_BY_ORDER,
+            remove=json.loads(row.synced),
         )
         return await self._spec(row, vm_files, choice, config)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -40,8 +41,10 @@ from banger.guest.transport import endpoint_to_wire
 from banger.host import files
 from banger.host.process import ProcessIdentity, boot_id
 from banger.host.tasks import together
+from banger.services import file_sync
 from banger.services.artifacts import ArtifactService, Wire
 from banger.services.boot import BootFiles
+from banger.services.file_sync import UserFiles
 from banger.services.identity import IdentityService
 from banger.services.networks import NetworkService, check_network, publish_text
 from banger.services.vm_states import check_transition
@@ -102,6 +105,7 @@ class VmService:
         kernels: ArtifactService,
         boot: BootFiles,
         identity: IdentityService,
+        user_files: UserFiles,
         defaults: VmDefaults,
         limits: HostLimits,
         jailer_uid_base: int,
@@ -115,6 +119,7 @@ class VmService:
         self._kernels = kernels
         self._boot = boot
         self._identity = identity
+        self._user_files = user_files
         self.defaults = defaults
         self._limits = limits
         self._jailer_uid_base = jailer_uid_base
@@ -211,6 +216,7 @@ class VmService:
             nat=request.get("nat", self.defaults.nat),
             isolated=request.get("isolated", self.defaults.isolated),
             publish=publish_text(request.get("publish", [])),
+            credentials=request.get("credentials", True),
             machine_id=secrets.token_hex(16),
             mac=_random_mac(),
             created_at=_now(),
@@ -392,7 +398,7 @@ class VmService:
                 )
                 sink.stage(f"boot {row.name} ({choice.vmm}, {choice.accel})")
                 try:
-                    row = await self._boot_once(row, choice, authorized_key, image)
+                    row = await self._boot_once(row, choice, authorized_key, image, sink)
                     break
                 except TimedOut:
                     if attempt == _BOOT_TRIES:
@@ -402,7 +408,7 @@ class VmService:
         return self._wire(row)
 
     async def _boot_once(
-        self, row: VmRow, choice: VmmChoice, authorized_key: str, image: Wire
+        self, row: VmRow, choice: VmmChoice, authorized_key: str, image: Wire, sink: EventSink
     ) -> VmRow:
         vm_files = self._layout.vm(row.id)
         vmm = self._vmms[choice.vmm]
@@ -435,7 +441,7 @@ class VmService:
             )
             endpoint = vmm.endpoint(vm_files.runtime)
             await self._networks.publish(row, process, endpoint, spec.mark)
-            return await self.await_agent(row)
+            return await self.await_agent(row, sink)
         except BaseException as error:
             if process is not None:
                 await vmm.kill(process)
@@ -455,8 +461,8 @@ class VmService:
                 changed = replace(changed, jail_uid=None)
             return row if changed == row else await self._rows.update(changed)
 
-    async def await_agent(self, row: VmRow) -> VmRow:
-        """Wait for a starting VM's agent and commit it as running.
+    async def await_agent(self, row: VmRow, sink: EventSink) -> VmRow:
+        """Wait for a starting VM's agent, give it the user's files and commit it as running.
 
         Raises TimedOut past the boot limit and VmmFailed when the VMM ends before; the caller
         ends the VMM.
@@ -466,7 +472,28 @@ class VmService:
             raise RuntimeError(f"{row.name} has no process to wait for")
         await self._agent_answers(row, process)
         self._layout.vm(row.id).initramfs.unlink(missing_ok=True)
+        if row.credentials:
+            row = await self._sync_files(row, vmm_name, sink)
         return await self._rows.update(replace(row, state="running", state_reason=""))
+
+    async def _sync_files(self, row: VmRow, vmm_name: str, sink: EventSink) -> VmRow:
+        """Write the user's files into a guest that answers; what fails is a warning."""
+        found, warnings = await asyncio.to_thread(self._user_files.read)
+        for warning in warnings:
+            sink.warning(warning)
+        if not found:
+            return row
+        before = set(json.loads(row.synced))
+        # On record first: what may be in the guest must not get into an image that is made of it.
+        row = await self._rows.update(
+            replace(row, synced=_paths(before | {file.guest for file in found}))
+        )
+        endpoint = self._vmms[vmm_name].endpoint(self._layout.vm(row.id).runtime)
+        failed = await asyncio.to_thread(file_sync.write, endpoint, found)
+        for guest, why in failed.items():
+            sink.warning(f"{row.name} did not get {guest}: {why}")
+        written = {file.guest for file in found} - set(failed)
+        return replace(row, synced=_paths(before | written))
 
     async def _agent_answers(self, row: VmRow, process: ProcessIdentity) -> None:
         vm_files = self._layout.vm(row.id)
@@ -749,7 +776,7 @@ class VmService:
                 await self.finish_stop(row, STOP_TIMEOUT_S[row.accel or "tcg"], NullSink())
                 return
             try:
-                row = await self.await_agent(row)
+                row = await self.await_agent(row, NullSink())
             except BangerError as error:
                 await self._vmms[vmm_name].kill(process)
                 await self._release(row, _reason(error))
@@ -792,6 +819,8 @@ class VmService:
             "address": row.address,
             "dns_name": None if row.address is None else f"{row.name}.vm",
             "with_sshd": row.with_sshd,
+            "credentials": row.credentials,
+            "synced_files": json.loads(row.synced),
             "ephemeral": row.owner_pid is not None,
             "pid": row.pid,
             "created_at": row.created_at,
@@ -805,6 +834,10 @@ class VmService:
 def _kernel_for(row: VmRow, request: VmCreate, image: Wire) -> str:
     """Return the kernel asked for, else the one the image names, else the default."""
     return request.get("kernel") or image.get("kernel") or row.kernel
+
+
+def _paths(paths: set[str]) -> str:
+    return json.dumps(sorted(paths))
 
 
 def _random_mac() -> str:

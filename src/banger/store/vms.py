@@ -45,6 +45,8 @@ class VmRow:
     tap: str | None = None
     jail_uid: int | None = None
     with_sshd: bool = False
+    credentials: bool = True
+    synced: str = "[]"
 
     @property
     def process(self) -> ProcessIdentity | None:
@@ -135,7 +137,9 @@ class VmRepository:
 
 def _row(columns: dict[str, Any]) -> VmRow:
     # SQLite has no booleans.
-    booleans = {name: bool(columns[name]) for name in ("nat", "isolated", "with_sshd")}
+    booleans = {
+        name: bool(columns[name]) for name in ("nat", "isolated", "with_sshd", "credentials")
+    }
     return VmRow(**{**columns, **booleans})
 
 

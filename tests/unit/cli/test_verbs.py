@@ -506,6 +506,21 @@ def test_entrypoint_runs_as_docker_would(
     assert ["with_sshd" in body for body in bodies] == [False, False, True]
 
 
+def test_no_credentials_is_asked_for_and_shown(cli: Cli, daemon: FakeDaemon) -> None:
+    daemon.answers["POST /v1/vms"] = daemon.operation(result=make_vm())
+    assert cli.run("vm", "create", "--no-credentials").status == 0
+    assert cli.run("vm", "create").status == 0
+    bodies = [body for path, body in asked(daemon) if path == "/v1/vms"]
+    assert [body.get("credentials") for body in bodies] == [False, None]
+    for told, more in (
+        ("none of yours", {}),
+        ("none of yours, by --no-credentials", {"credentials": False}),
+        ("/root/a /root/b", {"synced_files": ["/root/a", "/root/b"]}),
+    ):
+        daemon.answers["GET /v1/vms/box"] = {**make_vm(), **more}
+        assert f"files:     {told}\n" in cli.run("vm", "show", "box").out
+
+
 def test_entrypoint_of_an_image_with_none_is_told_before_a_vm_is_made(
     cli: Cli, daemon: FakeDaemon
 ) -> None:
