@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +29,24 @@ def timed(step: Callable[[], object]) -> float:
 
 
 def in_turns(
-    ours: Callable[[], object], peer: Callable[[], object], rounds: int
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    rounds: int,
+    *,
+    clean: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Return median seconds of two things measured turn by turn, so that both see one host."""
-    both = [(timed(ours), timed(peer)) for _ in range(rounds)]
+    """Return median seconds of two things measured turn by turn, so that both see one host.
+
+    Before each, `clean` removes what the last ones made, and what is left to be written gets to the
+    disk: else who writes less waits for who writes more.
+    """
+
+    def settled(step: Callable[[], object]) -> float:
+        clean()
+        os.sync()
+        return timed(step)
+
+    both = [(settled(ours), settled(peer)) for _ in range(rounds)]
     return statistics.median(o for o, _ in both), statistics.median(p for _, p in both)
 
 

@@ -249,6 +249,27 @@ def test_run_begins_a_branch(machine: Machine, repo: Path) -> None:
     assert branches == b"* main\n"
 
 
+def test_run_checks_out_a_branch_that_exists(machine: Machine, repo: Path) -> None:
+    subprocess.run(["git", "branch", "other"], cwd=repo, check=True)
+    ran = machine.run("vm", "run", str(repo), "--branch", "other", "--", "git", "branch",
+                      "--show-current")  # fmt: skip
+    assert ran.stdout == b"other\n", ran.stderr
+    refused = machine.run("vm", "run", str(repo), "--branch", "other", "--from", "main")
+    assert refused.returncode == 125
+    assert b"leave --from out" in refused.stderr
+
+
+def test_untracked_files_stay_here_when_asked_to(machine: Machine, repo: Path) -> None:
+    (repo / "untracked").write_text("x")
+    (repo / "nested").mkdir()
+    subprocess.run(["git", "init", "-q", "nested"], cwd=repo, check=True)
+    (repo / "nested" / "file").write_text("x")
+    look = ("--", "git", "status", "--short", "--untracked-files=all")
+    ran = machine.run("vm", "run", str(repo), "--no-include-untracked", *look)
+    assert ran.stdout == b"", ran.stderr
+    assert machine.run("vm", "run", "--no-include-untracked").returncode == 125
+
+
 def test_failed_copy_leaves_no_vm(machine: Machine, repo: Path) -> None:
     (machine.guest_home / "repo").write_text("in the way")
     ran = machine.run("vm", "run", str(repo), "--", "true")

@@ -15,14 +15,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from banger.client import connection
 from banger.errors import BangerError
 from banger.host.process import ProcessIdentity, find_by_argument
 from banger.paths import find_paths
 from banger.store.layout import Layout
-from tests.support.artifacts import artifact_store
+from tests.support.artifacts import artifact_store, need_kernel
 
 EVIDENCE = Path(__file__).parents[2] / "test-results"
 
@@ -56,6 +56,15 @@ class Sandbox:
             for kind in ("images", "kernels"):
                 (artifact_store() / kind).mkdir(exist_ok=True)
                 (self.layout.data / kind).symlink_to(artifact_store() / kind)
+
+    @classmethod
+    def with_own_images(cls) -> Self:
+        """Return a user with the kernels all tests share, and images of their own to add to."""
+        kernels = need_kernel().parent
+        made = cls(artifacts=False)
+        (made.layout.data / "images").mkdir(parents=True, mode=0o700)
+        (made.layout.data / "kernels").symlink_to(kernels)
+        return made
 
     def command(self, *words: str | bytes) -> list[str | bytes]:
         """Return the argv of a banger command."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.artifacts import need_image, need_kernel
+from tests.support.artifacts import need_image
 from tests.support.sandbox import Sandbox
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -36,10 +36,8 @@ CMD ["the", "command"]
 @pytest.fixture(scope="module")
 def user(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A user with images of their own: building adds to the store, which tests share."""
-    kernels, builder = need_kernel().parent, need_image(BUILDER)
-    made = Sandbox(artifacts=False)
-    (made.layout.data / "images").mkdir(parents=True, mode=0o700)
-    (made.layout.data / "kernels").symlink_to(kernels)
+    builder = need_image(BUILDER)
+    made = Sandbox.with_own_images()
     (made.layout.data / "images" / BUILDER).symlink_to(builder)
     try:
         yield made

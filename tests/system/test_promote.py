@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.artifacts import need_image, need_kernel
+from tests.support.artifacts import need_image
 from tests.support.sandbox import Sandbox
 from tests.support.tiny import make_tiny_image
 
@@ -20,10 +20,7 @@ MINIMAL = "debian-bookworm-minimal"
 @pytest.fixture
 def user(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A user with images of their own: promoting adds to the store, which tests share."""
-    kernels = need_kernel().parent
-    made = Sandbox(artifacts=False)
-    (made.layout.data / "images").mkdir(parents=True, mode=0o700)
-    (made.layout.data / "kernels").symlink_to(kernels)
+    made = Sandbox.with_own_images()
     try:
         yield made
     finally:

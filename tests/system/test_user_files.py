@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.artifacts import need_kernel
 from tests.support.sandbox import Sandbox
 from tests.support.tiny import make_tiny_image
 
@@ -21,10 +20,7 @@ CLAUDE = "/root/.claude/.credentials.json"
 @pytest.fixture
 def user(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A user with logins of two agents, a file of their own to sync, and one that is absent."""
-    kernels = need_kernel().parent
-    made = Sandbox(artifacts=False)
-    (made.layout.data / "images").mkdir(parents=True, mode=0o700)
-    (made.layout.data / "kernels").symlink_to(kernels)
+    made = Sandbox.with_own_images()
     try:
         _write(made.home / ".claude/.credentials.json", SECRET + "-1")
         _write(made.home / ".claude/history.jsonl", "what was said")

@@ -233,7 +233,7 @@ def test_sockets_and_pipes_are_left_out(repo: Path, tmp_path: Path) -> None:
 
 
 def test_subdirectory_stands_for_its_repository(repo: Path) -> None:
-    assert open_workspace(str(repo / "sub")) == (str(repo), "repo")
+    assert open_workspace(str(repo / "sub")) == (str(repo), "repo", True)
     assert open_workspace(str(repo)).guest_directory == "/root/repo"
 
 
@@ -414,8 +414,11 @@ def test_rendered_config_is_read_back_exactly(values: list[str]) -> None:
 def test_branches_are_checked_before_anything_is_made(repo: Path) -> None:
     workspace = open_workspace(str(repo))
     workspaces.check_branch(workspace, "new", "main")
-    with pytest.raises(Conflict):
-        workspaces.check_branch(workspace, "main", None)
+    workspaces.check_branch(workspace, "main", None)
+    assert workspaces.branch_argv(workspace, "main", None)[-2:] == [b"main", b"--"]
+    assert workspaces.branch_argv(workspace, "new", "main")[-4:] == [b"-b", b"new", b"main", b"--"]
+    with pytest.raises(Conflict, match="exists already"):
+        workspaces.check_branch(workspace, "main", "main")
     for name, ref in [("a b", None), ("-x", None), ("ok", "nothing"), ("ok", "--all")]:
         with pytest.raises(InvalidInput):
             workspaces.check_branch(workspace, name, ref)

@@ -59,8 +59,15 @@ def build_run(parser: Parser) -> None:
         help="run the image's entrypoint and command as its user, in its directory; "
         "-- ARGS in place of the command",
     )
-    group.add_argument("--branch", metavar="NAME", help="begin this new branch in the copy")
-    group.add_argument("--from", dest="from_ref", metavar="REF", help="where --branch begins")
+    group.add_argument(
+        "--branch", metavar="NAME", help="check out this branch in the copy; a new one is begun"
+    )
+    group.add_argument("--from", dest="from_ref", metavar="REF", help="where a new one begins")
+    group.add_argument(
+        "--include-untracked",
+        action=argparse.BooleanOptionalAction,
+        help="copy untracked files that are not ignored too (default: yes)",
+    )
     add_execution(parser)
     add_quiet(parser)
     add_json(
@@ -127,6 +134,11 @@ def _check_combination(args: argparse.Namespace) -> None:
         )
     if args.from_ref and not args.branch:
         raise InvalidInput("--from needs --branch", hint="add --branch NAME")
+    if args.path is None and args.include_untracked is not None:
+        raise InvalidInput(
+            "--include-untracked needs a repository",
+            hint="banger vm run ./repo --include-untracked",
+        )
     if args.rm and args.detach:
         raise InvalidInput(
             "--rm deletes the VM when this command ends, and -d ends it at once",
@@ -299,6 +311,8 @@ def _open_workspace(args: argparse.Namespace) -> Workspace | None:
     from banger.services import workspaces
 
     workspace = workspaces.open_workspace(args.path)
+    if args.include_untracked is False:
+        workspace = workspace._replace(include_untracked=False)
     if args.branch:
         workspaces.check_branch(workspace, args.branch, args.from_ref)
     return workspace

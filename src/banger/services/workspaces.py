@@ -37,10 +37,11 @@ Warn = Callable[[str], None]
 
 
 class Workspace(NamedTuple):
-    """A repository to copy: its top directory, and the name its copy gets."""
+    """A repository to copy: its top directory, the name its copy gets, and what comes along."""
 
     top: str
     name: str
+    include_untracked: bool = True
 
     @property
     def guest_directory(self) -> str:
@@ -147,13 +148,21 @@ def guest_name(top: bytes) -> str:
 
 
 def check_branch(workspace: Workspace, name: str, ref: str | None) -> None:
-    """Check `--branch` and `--from` against the repository; raise InvalidInput or Conflict."""
+    """Check `--branch` and `--from` against the repository; raise InvalidInput or Conflict.
+
+    A branch that exists is checked out, so nothing can be said of where it begins.
+    """
     if name.startswith("-") or not _git(
         workspace.top, "check-ref-format", "--branch", name, check=False
     ):
         raise InvalidInput(f"{name!r} is no branch name", hint="for example --branch fix-login")
-    if _git(workspace.top, "rev-parse", "-q", "--verify", f"refs/heads/{name}", check=False):
-        raise Conflict(f"the branch {name} exists already", hint="choose another name")
+    if _has_branch(workspace, name):
+        if ref is not None:
+            raise Conflict(
+                f"the branch {name} exists already",
+                hint="leave --from out to check it out, or choose another name",
+            )
+        return
     wanted = "HEAD" if ref is None else ref
     if wanted.startswith("-") or not _git(
         workspace.top, "rev-parse", "-q", "--verify", f"{wanted}^{{commit}}", check=False
@@ -161,9 +170,15 @@ def check_branch(workspace: Workspace, name: str, ref: str | None) -> None:
         raise InvalidInput(f"the repository has no commit {wanted}", hint="see `git log --oneline`")
 
 
+def _has_branch(workspace: Workspace, name: str) -> bool:
+    ref = f"refs/heads/{name}"
+    return bool(_git(workspace.top, "rev-parse", "-q", "--verify", ref, check=False))
+
+
 def branch_argv(workspace: Workspace, name: str, ref: str | None) -> list[bytes]:
-    """Return the command that begins a branch inside the guest."""
-    words = ["git", "-C", workspace.guest_directory, "checkout", "-q", "-b", name]
+    """Return the command that begins a branch inside the guest, or checks out one that exists."""
+    words = ["git", "-C", workspace.guest_directory, "checkout", "-q"]
+    words += [name] if _has_branch(workspace, name) else ["-b", name]
     words += [] if ref is None else [ref]
     return [os.fsencode(word) for word in [*words, "--"]]
 
@@ -363,18 +378,23 @@ def iter_tar(workspace: Workspace, *, warn: Warn = lambda _: None) -> Iterator[b
 
     def pieces() -> Iterator[bytes]:
         top = os.fsencode(workspace.top)
-        yield from _repository(top, os.fsencode(workspace.name), warn, 0)
+        listing = ["--cached"]
+        if workspace.include_untracked:
+            listing += ["--others", "--exclude-standard"]
+        yield from _repository(top, os.fsencode(workspace.name), warn, listing, 0)
         yield _END
 
     return batched(pieces())
 
 
-def _repository(root: bytes, prefix: bytes, warn: Warn, depth: int) -> Iterator[bytes]:
+def _repository(
+    root: bytes, prefix: bytes, warn: Warn, listing: list[str], depth: int
+) -> Iterator[bytes]:
     """Yield one repository: its directory, its files, the repositories inside, its .git."""
     nested: list[bytes] = []
     with DirectoryStack(root) as stack:
         yield tar_directory(prefix, os.fstat(stack.root_fd))
-        for path in _list_files(root):
+        for path in _list_files(root, listing):
             directory, _, leaf = path.rstrip(b"/").rpartition(b"/")
             here = stack.enter(directory)
             if here is None:
@@ -387,7 +407,9 @@ def _repository(root: bytes, prefix: bytes, warn: Warn, depth: int) -> Iterator[
             else:
                 yield from tar_entry(here[0], leaf, name, warn)
     for path in nested:
-        yield from _nested(b"%b/%b" % (root, path), b"%b/%b" % (prefix, path), warn, depth + 1)
+        yield from _nested(
+            b"%b/%b" % (root, path), b"%b/%b" % (prefix, path), warn, listing, depth + 1
+        )
     yield from _git_directory(root, prefix + b"/.git", warn)
 
 
@@ -400,7 +422,9 @@ def _is_directory(directory_fd: int, leaf: bytes) -> bool:
     return stat.S_ISDIR(found.st_mode)
 
 
-def _nested(root: bytes, prefix: bytes, warn: Warn, depth: int) -> Iterator[bytes]:
+def _nested(
+    root: bytes, prefix: bytes, warn: Warn, listing: list[str], depth: int
+) -> Iterator[bytes]:
     """Yield a submodule, or a repository that lies untracked inside another."""
     try:
         found = os.lstat(root)
@@ -411,14 +435,14 @@ def _nested(root: bytes, prefix: bytes, warn: Warn, depth: int) -> Iterator[byte
     if depth > _MAX_NESTING:
         warn(f"{os.fsdecode(prefix)} is nested too deep: not copied")
     elif os.path.lexists(root + b"/.git"):
-        yield from _repository(root, prefix, warn, depth)
+        yield from _repository(root, prefix, warn, listing, depth)
     else:
         yield tar_directory(prefix, found)  # a submodule that is not checked out
 
 
-def _list_files(root: bytes) -> list[bytes]:
-    """Return tracked and untracked-not-ignored paths, sorted so that directories are runs."""
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+def _list_files(root: bytes, listing: list[str]) -> list[bytes]:
+    """Return the paths that `git ls-files` lists, sorted so that directories are runs."""
+    listed = _git(root, "ls-files", "-z", *listing)
     # A conflicted path is listed once per side.
     return sorted(set(listed.split(b"\0")) - {b""})
 
