@@ -496,3 +496,180 @@ def test_stats_and_ports(machine: Machine) -> None:
     stats = json.loads(machine.run("vm", "stats", "box", "--json").stdout)
     assert stats[0]["guest"]["memory"]["total"] > 0
     assert "1 GiB" in machine.run("vm", "stats", "box").stdout.decode()
+
+
+# -- what changed there, and bringing it home
+
+
+@pytest.fixture
+def copied(machine: Machine, repo: Path) -> Path:
+    """The copy of `repo` in the guest, with a commit and changes of its own."""
+    assert machine.run("vm", "run", "-q", str(repo), "--", "true").returncode == 0
+    copy = machine.guest_home / "repo"
+    _git(copy, "checkout", "-q", "-b", "fix")
+    (copy / "new.txt").write_text("new\n")
+    _git(copy, "add", "new.txt")
+    _git(copy, "commit", "-q", "-m", "a commit\x1b[31m there")
+    (copy / "run.sh").write_text("changed\n")
+    (copy / "odd\nname").write_bytes(b"\0binary\xff")
+    (copy / "a.bin").write_bytes(bytes(range(256)))
+    return copy
+
+
+def _git(where: Path, *words: str) -> str:
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+    done = subprocess.run(
+        ["git", "-c", "user.name=n", "-c", "user.email=e", *words],
+        cwd=where, check=True, capture_output=True, env=environment,
+    )  # fmt: skip
+    return done.stdout.decode().rstrip("\n")
+
+
+def _everything(repo: Path) -> dict[str, bytes]:
+    """Every file of a checkout, and of its .git what no object or remote's ref is."""
+    return {
+        str(path.relative_to(repo)): path.read_bytes()
+        for path in sorted(repo.rglob("*"))
+        if path.is_file() and not {"objects", "banger"} & set(path.parts)
+    }
+
+
+def test_status_tells_what_is_there_and_not_here(
+    machine: Machine, repo: Path, copied: Path
+) -> None:
+    ran = machine.run("vm", "workspace", "status", "box", str(repo), "--json")
+    assert ran.returncode == 0, ran.stderr
+    state = json.loads(ran.stdout)
+    assert (state["branch"], state["base"]) == ("fix", _git(repo, "rev-parse", "HEAD"))
+    assert [commit["id"] for commit in state["commits"]] == [_git(copied, "rev-parse", "HEAD")]
+    assert {(change["status"], change["path"]) for change in state["changes"]} >= {
+        (" M", "run.sh"), ("??", "odd\nname"), ("??", "a.bin")
+    }  # fmt: skip
+    shown = machine.run("vm", "workspace", "status", "box", str(repo)).stdout.decode()
+    assert "a commit" in shown
+    assert "\x1b" not in shown
+    assert "odd\\nname" in shown
+
+
+def test_pull_brings_branches_home_and_changes_nothing_else(
+    machine: Machine, repo: Path, copied: Path
+) -> None:
+    before = _everything(repo)
+    ran = machine.run("vm", "workspace", "pull", "box", str(repo), "--json")
+    assert ran.returncode == 0, ran.stderr
+    head = _git(copied, "rev-parse", "fix")
+    pulled = {one["ref"]: one for one in json.loads(ran.stdout)}
+    assert pulled["refs/remotes/banger/box/fix"] == {
+        "ref": "refs/remotes/banger/box/fix", "old": None, "new": head, "commits": 1
+    }  # fmt: skip
+    assert _git(repo, "rev-parse", "banger/box/fix") == head
+    assert _git(repo, "show", "banger/box/fix:new.txt") == "new"
+    assert _everything(repo) == before
+    assert _git(repo, "fsck", "--strict", "--no-dangling") == ""
+    again = machine.run("vm", "workspace", "pull", "box", str(repo))
+    assert (again.returncode, again.stdout) == (0, b"")
+    assert b"nothing that is not here" in again.stderr
+
+
+def test_pull_of_what_is_not_committed_is_one_commit_more(
+    machine: Machine, repo: Path, copied: Path
+) -> None:
+    index = (copied / ".git" / "index").read_bytes()
+    status = _git(copied, "status", "--porcelain")
+    ran = machine.run("vm", "workspace", "pull", "box", str(repo), "--uncommitted")
+    assert ran.returncode == 0, ran.stderr
+    assert b"banger/box/fix" in ran.stdout
+    assert _git(repo, "rev-parse", "banger/box/fix~1") == _git(copied, "rev-parse", "fix")
+    assert _git(repo, "show", "banger/box/fix:run.sh") == "changed"
+    names = _git(repo, "diff", "--name-only", "-z", "banger/box/fix~1", "banger/box/fix")
+    assert {"run.sh", "odd\nname", "a.bin"} <= set(names.split("\0"))
+    assert _git(copied, "status", "--porcelain") == status
+    assert (copied / ".git" / "index").read_bytes() == index
+
+
+def test_the_diff_applies_here(machine: Machine, repo: Path, copied: Path, tmp_path: Path) -> None:
+    patch = machine.run("vm", "workspace", "diff", "box", str(repo))
+    assert patch.returncode == 0, patch.stderr
+    exported = tmp_path / "x.patch"
+    ran = machine.run("vm", "workspace", "export", "box", str(repo), "-o", str(exported), "--json")
+    assert json.loads(ran.stdout) == {
+        "path": str(exported), "size_bytes": len(patch.stdout)
+    }, ran.stderr  # fmt: skip
+    assert exported.read_bytes() == patch.stdout
+    clean = tmp_path / "clean"
+    subprocess.run(["git", "clone", "-q", str(repo), str(clean)], check=True)
+    subprocess.run(["git", "apply"], cwd=clean, input=patch.stdout, check=True)
+    for name in ("new.txt", "run.sh", "odd\nname", "a.bin"):
+        assert (clean / name).read_bytes() == (copied / name).read_bytes()
+    short = machine.run("vm", "workspace", "diff", "--stat", "box", str(repo)).stdout
+    assert b"new.txt" in short
+    assert b"+new" not in short
+
+
+def test_a_bundle_is_gits_own(machine: Machine, repo: Path, copied: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "x.bundle"
+    words = ("vm", "workspace", "export", "box", str(repo), "-o", str(bundle), "--format", "bundle")
+    assert machine.run(*words).returncode == 0
+    _git(repo, "fetch", "-q", str(bundle), "fix:taken")
+    assert _git(repo, "rev-parse", "taken") == _git(copied, "rev-parse", "fix")
+    bundle.unlink()
+    empty = machine.run(*words)
+    assert (empty.returncode, b"--uncommitted" in empty.stderr) == (125, True)
+    assert list(tmp_path.glob("*.bundle")) == list(tmp_path.glob(".banger-*")) == []
+    assert machine.run(*words, "--uncommitted").returncode == 0
+    assert "refs/banger/uncommitted" in _git(repo, "bundle", "list-heads", str(bundle))
+
+
+def test_hostile_copies_bring_nothing_home(machine: Machine, repo: Path, copied: Path) -> None:
+    """A guest may send any pack: one with a tree that git refuses to check out, say."""
+    blob = _git(copied, "hash-object", "-w", "new.txt")
+    hook = subprocess.run(
+        ["git", "mktree"], cwd=copied, check=True, capture_output=True,
+        input=f"100755 blob {blob}\thook\n".encode(),
+    ).stdout.decode().strip()  # fmt: skip
+    tree = subprocess.run(
+        ["git", "hash-object", "-t", "tree", "-w", "--stdin", "--literally"], cwd=copied,
+        check=True, capture_output=True, input=b"40000 .git\0" + bytes.fromhex(hook),
+    ).stdout.decode().strip()  # fmt: skip
+    evil = _git(copied, "commit-tree", tree, "-m", "evil")
+    _git(copied, "update-ref", "refs/heads/evil", evil)
+    ran = machine.run("vm", "workspace", "pull", "box", str(repo))
+    assert ran.returncode == 125
+    assert _git(repo, "for-each-ref", "refs/remotes") == ""
+    _git(copied, "update-ref", "-d", "refs/heads/evil")
+    # A branch that names a commit without its objects.
+    (copied / ".git" / "refs" / "heads" / "hole").write_text("1" * 40 + "\n")
+    assert machine.run("vm", "workspace", "pull", "box", str(repo)).returncode == 125
+    assert _git(repo, "for-each-ref", "refs/remotes") == ""
+
+
+def test_a_host_that_went_on_still_finds_the_base(
+    machine: Machine, repo: Path, copied: Path
+) -> None:
+    base = _git(repo, "rev-parse", "HEAD")
+    (repo / "run.sh").write_text("here\n")
+    _git(repo, "commit", "-q", "-a", "-m", "here")
+    state = json.loads(machine.run("vm", "workspace", "status", "box", str(repo), "--json").stdout)
+    assert state["base"] == base
+    assert machine.run("vm", "workspace", "pull", "box", str(repo)).returncode == 0
+    assert _git(repo, "log", "-1", "--format=%s", "HEAD") == "here"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pull", "box", "{repo}", "--guest-path", "/nowhere"), "no git repository at /nowhere"),
+        (("pull", "box", "{repo}", "--guest-path", "--upload-pack=x"), "--guest-path"),
+        (("status", "box", "/nonexistent"), "does not exist"),
+        (("diff", "box", "{repo}", "-o", "x"), "--output is for export"),
+        (("export", "box", "{repo}", "--uncommitted", "-o", "x"), "a patch holds"),
+        (("export", "box", "{repo}", "--format", "bundle"), "-o FILE"),
+        (("export", "box", "{repo}", "-o", "/nowhere/x"), "/nowhere does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    machine: Machine, repo: Path, copied: Path, words: tuple[str, ...], said: str
+) -> None:
+    ran = machine.run("vm", "workspace", *(word.format(repo=repo) for word in words))
+    assert ran.returncode in (2, 125)
+    assert said.encode() in ran.stderr

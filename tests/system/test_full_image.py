@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +90,47 @@ def test_git_works_in_a_workspace(vm: Sandbox) -> None:
     done = vm.run("vm", "run", "--rm", "--name", "work", str(repo), "--", "make", "test")
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == "?? new\nthe only commit\n"
+
+
+def test_a_repository_goes_there_and_its_work_comes_back(vm: Sandbox, tmp_path: Path) -> None:
+    repo = tmp_path / "proj"
+    repo.mkdir()
+    git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.org", "-C", str(repo)]
+    subprocess.run([*git, "init", "-q", "-b", "main"], check=True)
+    (repo / ".mise.toml").write_text('[env]\nFROM_MISE = "yes"\n')
+    (repo / "file").write_text("one\n")
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    subprocess.run([*git, "config", "user.name", "Here"], check=True)
+    subprocess.run([*git, "config", "user.email", "here@example.org"], check=True)
+    script = (
+        "echo two >>file; git commit -qam second; echo three >>file; echo new >untracked; exit 3"
+    )
+    run = ("vm", "run", "--name", "work", "--vcpu", "2", "--memory", "1G", str(repo))
+    ran = vm.run(*run, "--branch", "there", "--", "sh", "-c", script, timeout_s=600)
+    assert ran.returncode == 3, ran.stderr.decode()
+    log = "/root/.cache/banger/vm-run-tooling-proj.log"
+    assert f"mise installs its tools in the background: {log}".encode() in ran.stderr
+    ended = f"for i in $(seq 120); do grep -q ended {log} && break; sleep 1; done; cat {log}"
+    told = vm.ok("vm", "exec", "work", "--", "sh", "-c", ended, timeout_s=300).decode()
+    assert told.endswith("ended with 0\n"), told
+    status = vm.json("vm", "workspace", "status", "work", str(repo))
+    assert (status["branch"], [one["subject"] for one in status["commits"]]) == (
+        "there",
+        ["second"],
+    )
+    assert {(one["status"], one["path"]) for one in status["changes"]} == {
+        (" M", "file"), ("??", "untracked")
+    }  # fmt: skip
+    vm.ok("vm", "workspace", "pull", "work", str(repo), "--uncommitted")
+    there = "banger/work/there"
+    shown = subprocess.run(
+        [*git, "log", "--format=%an %s", f"main..{there}"], check=True, capture_output=True
+    )
+    assert shown.stdout.decode().splitlines() == [
+        "Here Uncommitted changes in work:/root/proj", "Here second"
+    ]  # fmt: skip
+    files = subprocess.run([*git, "show", f"{there}:file"], check=True, capture_output=True)
+    assert files.stdout == b"one\ntwo\nthree\n"
+    assert (repo / "file").read_text() == "one\n"
+    vm.ok("vm", "delete", "work")

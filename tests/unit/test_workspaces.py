@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.errors import BangerError, Conflict, InvalidInput
-from banger.services import workspaces
+from banger.services import safe_git, workspaces
 from banger.services.workspaces import iter_tar, open_workspace
 
 GIT_ENVIRONMENT = {
@@ -259,7 +259,7 @@ def test_repository_without_commits_is_fine(tmp_path: Path) -> None:
 
 
 def test_dubious_ownership_has_a_hint() -> None:
-    error = workspaces._git_failure("/x", "fatal: detected dubious ownership in repository at '/x'")
+    error = safe_git.failure("/x", "fatal: detected dubious ownership in repository at '/x'")
     assert isinstance(error, BangerError)
     assert "safe.directory" in error.hint
 

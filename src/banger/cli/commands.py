@@ -55,6 +55,7 @@ NOUNS: dict[str, Noun] = {
             "logs": Verb("logs", "Show a VM's console, or its VMM's log"),
             "exec": Verb("vm_exec", "Run a command in a running VM"),
             "ssh": Verb("vm_ssh", "Enter a running VM through ssh"),
+            "workspace": Verb("vm_workspace", "Show and bring home what changed in a VM's copy"),
             "cp": Verb("vm_cp", "Copy files between the host and a VM"),
         },
         {

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from banger.services.workspaces import Workspace
 
 _MARKER = "told-about-emulation"
+_MISE_FILES = (".mise.toml", "mise.toml", ".tool-versions")
+# Of log and directory. Half an hour is a toolchain from source on a slow, emulated machine.
+_TOOLING = (
+    'mkdir -p "${1%/*}"; exec >"$1" 2>&1; cd "$2" || exit; '
+    'echo "mise install in $2"; command -v mise || { echo "this image has no mise"; exit; }; '
+    'MISE_YES=1 MISE_TRUSTED_CONFIG_PATHS="$2" timeout 1800 mise install; echo "ended with $?"'
+)
 
 
 def build_run(parser: Parser) -> None:
@@ -67,6 +74,12 @@ def build_run(parser: Parser) -> None:
         "--include-untracked",
         action=argparse.BooleanOptionalAction,
         help="copy untracked files that are not ignored too (default: yes)",
+    )
+    group.add_argument(
+        "--no-bootstrap",
+        action="store_true",
+        help="leave out the `mise install` that begins in the background where the repository "
+        "has a .mise.toml, mise.toml or .tool-versions",
     )
     add_execution(parser)
     add_quiet(parser)
@@ -113,6 +126,8 @@ def run_run(context: Context, args: argparse.Namespace) -> int:
                 connection = context.client.connect_vm(vm["name"])
                 if workspace is not None:
                     _copy(connection, workspace, args, progress)
+                    if not args.no_bootstrap:
+                        _begin_tooling(connection, workspace, progress)
                 if args.entrypoint:
                     execution = _entrypoint(args, context.client.get_image(vm["image"]))
                     if not args.cwd:
@@ -343,6 +358,24 @@ def _copy(
                 f"--branch {args.branch}: git says: {lines[-1] if lines else 'nothing'}",
                 hint="commit or stash what conflicts, or leave --from out",
             )
+
+
+def _begin_tooling(connection: VmConnection, workspace: Workspace, progress: Progress) -> None:
+    """Begin to install what the repository asks of mise: in the guest, and waited for by nobody."""
+    if not any(os.path.lexists(os.path.join(workspace.top, name)) for name in _MISE_FILES):
+        return
+    from banger.guest import agent
+
+    log = f"/root/.cache/banger/vm-run-tooling-{workspace.name}.log"
+    words = ["sh", "-c", _TOOLING, "sh", log, workspace.guest_directory]
+    try:
+        agent.start_detached(
+            endpoint_of(connection), agent.ExecRequest([os.fsencode(word) for word in words])
+        )
+    except BangerError as error:
+        progress.warning(f"mise was not begun: {error.message}")
+    else:
+        progress.notice(f"mise installs its tools in the background: {log}")
 
 
 def _need_git(connection: VmConnection) -> None:

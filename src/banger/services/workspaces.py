@@ -19,11 +19,11 @@ import errno
 import os
 import re
 import stat
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
-from banger.errors import Conflict, InvalidInput, Unavailable
+from banger.errors import Conflict, InvalidInput
+from banger.services.safe_git import git
 
 GUEST_HOME = "/root"
 
@@ -31,7 +31,6 @@ _CHUNK_BYTES = 256 * 1024
 _MAX_NESTING = 16  # repositories inside repositories
 _MAX_ALTERNATES = 16  # git itself follows five levels
 _PACK_LISTINGS = 3  # a repack may replace packs while they are copied
-_GIT_TIMEOUT_S = 300.0
 
 Warn = Callable[[str], None]
 
@@ -49,75 +48,6 @@ class Workspace(NamedTuple):
         return f"{GUEST_HOME}/{self.name}"
 
 
-# -- git, on a repository that may be hostile
-
-_SAFE_OPTIONS = (
-    "-c", "core.fsmonitor=false",
-    "-c", "core.hooksPath=/dev/null",
-    "-c", "core.pager=cat",
-    "-c", "core.sshCommand=false",
-    "-c", "core.untrackedCache=keep",
-    "-c", "protocol.allow=never",
-)  # fmt: skip
-# What says which configuration is whose stays; what redirects git to another repository
-# (a git hook that runs banger has GIT_DIR and GIT_INDEX_FILE set) goes.
-_KEPT_VARIABLES = ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")
-
-
-def _environment() -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("GIT_") or name in _KEPT_VARIABLES
-    }
-    return {
-        **kept,
-        "GIT_OPTIONAL_LOCKS": "0",
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_ALLOW_PROTOCOL": "none",
-        "LC_ALL": "C",
-    }
-
-
-def _git(directory: bytes | str, *arguments: str | bytes, check: bool = True) -> bytes:
-    """Run git for reading and return its stdout; empty when it fails and `check` is false."""
-    try:
-        done = subprocess.run(
-            ["git", *_SAFE_OPTIONS, *arguments],
-            cwd=directory,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_GIT_TIMEOUT_S,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise Unavailable("git is not installed", hint="apt install git") from error
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"git did not finish in {_GIT_TIMEOUT_S:.0f} s") from error
-    if done.returncode != 0:
-        if not check:
-            return b""
-        raise _git_failure(os.fsdecode(directory), done.stderr.decode(errors="replace"))
-    return done.stdout
-
-
-def _git_failure(directory: str, stderr: str) -> Exception:
-    lines = stderr.strip().splitlines() or ["it said nothing"]
-    if "dubious ownership" in stderr:
-        return InvalidInput(
-            f"git does not trust {directory}: it belongs to another user",
-            hint=f"git config --global --add safe.directory {directory}",
-        )
-    if "not a git repository" in stderr:
-        return InvalidInput(
-            f"{directory} is not in a git repository",
-            hint=f"make it one: git -C {directory} init",
-        )
-    return Unavailable(f"git cannot read {directory}: {lines[-1].removeprefix('fatal: ')}")
-
-
 def open_workspace(path: str) -> Workspace:
     """Return the repository `path` is in; a subdirectory stands for the whole.
 
@@ -127,13 +57,13 @@ def open_workspace(path: str) -> Workspace:
     if not os.path.isdir(path):
         problem = "is not a directory" if os.path.lexists(path) else "does not exist"
         raise InvalidInput(f"{path} {problem}", hint="give the path of a git repository")
-    answers = _git(path, "rev-parse", "--is-bare-repository", "--is-inside-work-tree").split()
+    answers = git(path, "rev-parse", "--is-bare-repository", "--is-inside-work-tree").split()
     if answers != [b"false", b"true"]:
         raise InvalidInput(
             f"{path} is a bare repository, or inside one's .git: there are no files to copy",
             hint="give the path of a checkout: git clone REPOSITORY DIRECTORY",
         )
-    top = _git(path, "rev-parse", "--show-toplevel").removesuffix(b"\n")
+    top = git(path, "rev-parse", "--show-toplevel").removesuffix(b"\n")
     return Workspace(os.fsdecode(top), guest_name(top))
 
 
@@ -152,7 +82,7 @@ def check_branch(workspace: Workspace, name: str, ref: str | None) -> None:
 
     A branch that exists is checked out, so nothing can be said of where it begins.
     """
-    if name.startswith("-") or not _git(
+    if name.startswith("-") or not git(
         workspace.top, "check-ref-format", "--branch", name, check=False
     ):
         raise InvalidInput(f"{name!r} is no branch name", hint="for example --branch fix-login")
@@ -164,7 +94,7 @@ def check_branch(workspace: Workspace, name: str, ref: str | None) -> None:
             )
         return
     wanted = "HEAD" if ref is None else ref
-    if wanted.startswith("-") or not _git(
+    if wanted.startswith("-") or not git(
         workspace.top, "rev-parse", "-q", "--verify", f"{wanted}^{{commit}}", check=False
     ):
         raise InvalidInput(f"the repository has no commit {wanted}", hint="see `git log --oneline`")
@@ -172,7 +102,7 @@ def check_branch(workspace: Workspace, name: str, ref: str | None) -> None:
 
 def _has_branch(workspace: Workspace, name: str) -> bool:
     ref = f"refs/heads/{name}"
-    return bool(_git(workspace.top, "rev-parse", "-q", "--verify", ref, check=False))
+    return bool(git(workspace.top, "rev-parse", "-q", "--verify", ref, check=False))
 
 
 def branch_argv(workspace: Workspace, name: str, ref: str | None) -> list[bytes]:
@@ -442,7 +372,7 @@ def _nested(
 
 def _list_files(root: bytes, listing: list[str]) -> list[bytes]:
     """Return the paths that `git ls-files` lists, sorted so that directories are runs."""
-    listed = _git(root, "ls-files", "-z", *listing)
+    listed = git(root, "ls-files", "-z", *listing)
     # A conflicted path is listed once per side.
     return sorted(set(listed.split(b"\0")) - {b""})
 
@@ -467,8 +397,8 @@ _NEVER = frozenset(
 
 
 def _find_git_directories(root: bytes) -> _GitDirectories:
-    own = _git(root, "rev-parse", "--absolute-git-dir").removesuffix(b"\n")
-    common = _git(root, "rev-parse", "--git-common-dir").removesuffix(b"\n")
+    own = git(root, "rev-parse", "--absolute-git-dir").removesuffix(b"\n")
+    common = git(root, "rev-parse", "--git-common-dir").removesuffix(b"\n")
     # --git-common-dir is relative to where git ran (absolute paths: git >= 2.31 only).
     return _GitDirectories(os.path.realpath(own), os.path.realpath(os.path.join(root, common)))
 
@@ -651,7 +581,7 @@ def _guest_config(root: bytes, found: _GitDirectories) -> bytes:
     ]
     kept.append(("core.bare", "false"))
     own = {key for key, _ in kept}
-    in_force = dict(_parse_config(_git(root, "config", "--list", "-z", check=False)))
+    in_force = dict(_parse_config(git(root, "config", "--list", "-z", check=False)))
     kept += [(key, in_force[key]) for key in _ADDED_KEYS if key in in_force and key not in own]
     return render_config(kept).encode(errors="surrogateescape")
 
@@ -659,7 +589,7 @@ def _guest_config(root: bytes, found: _GitDirectories) -> bytes:
 def _config_entries(root: bytes, path: bytes) -> list[tuple[str, str | None]]:
     if not os.path.exists(path):
         return []
-    return _parse_config(_git(root, "config", "--file", path, "--no-includes", "--list", "-z"))
+    return _parse_config(git(root, "config", "--file", path, "--no-includes", "--list", "-z"))
 
 
 def _parse_config(listed: bytes) -> list[tuple[str, str | None]]:
