@@ -89,6 +89,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     catalogs: list[str] = []
     credential_sync: bool = True
     file_sync: list[FileSync] = []
+    acp_agent: str = "opencode"
+    acp_agents: dict[str, list[str]] = {}
     vm: VmConfig = VmConfig()
 
 
@@ -206,6 +208,9 @@ def _check_values(config: Config, path: str) -> None:
     for location in config.catalogs:
         if why := _why_no_catalog(location):
             refuse("catalogs", f"{location!r} {why}")
+    for name, argv in config.acp_agents.items():
+        if not argv or not argv[0]:
+            refuse(f"acp_agents.{name}", "the words of a command")
     for file in config.file_sync:
         if why := _why_no_sync(file):
             refuse("file_sync", why)

@@ -673,3 +673,69 @@ def test_what_is_wrong_is_said(
     ran = machine.run("vm", "workspace", *(word.format(repo=repo) for word in words))
     assert ran.returncode in (2, 125)
     assert said.encode() in ran.stderr
+
+
+# -- acp
+
+
+def test_an_agents_bytes_pass_both_ways_at_once(machine: Machine) -> None:
+    line = b"x" * (16 << 20) + b"\n"
+    ran = machine.run("vm", "acp", "box", "--", "sh", "-c", "cat; exit 7", stdin=line * 2)
+    assert (ran.returncode, ran.stderr) == (7, b"")
+    assert ran.stdout == line * 2
+
+
+def test_the_agent_is_the_one_the_configuration_names(machine: Machine) -> None:
+    config = Path(machine.paths.config_dir) / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(
+        'acp_agent = "mine"\n[acp_agents]\nmine = ["sh", "-c", "pwd; echo $A"]\nother = ["false"]\n'
+    )
+    ran = machine.run("vm", "acp", "box", "--cwd", "/usr", "--env", "A=b")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"/usr\nb\n", b"")
+    assert machine.run("vm", "acp", "box", "--agent", "other").returncode == 1
+    wrong = machine.run("vm", "acp", "box", "--agent", "opncode")
+    assert (wrong.returncode, wrong.stdout) == (125, b"")
+    assert b"did you mean opencode?" in wrong.stderr
+
+
+def test_a_stopped_machine_is_started_and_stdout_stays_the_agents(machine: Machine) -> None:
+    machine.daemon.answers["GET /v1/vms/box"] = {**make_vm(), "state": "stopped", "pid": None}
+    machine.daemon.answers["POST /v1/vms/box/start"] = machine.daemon.operation(
+        {"type": "stage", "stage": "boot box"}, {"type": "warning", "message": "odd"}, result=make_vm()
+    )  # fmt: skip
+    ran = machine.run("vm", "acp", "box", "--", "echo", "{}")
+    assert (ran.returncode, ran.stdout) == (0, b"{}\n")
+    assert b"odd" in ran.stderr
+    assert len(machine.asked("POST", "/v1/vms/box/start")) == 1
+
+
+def test_the_first_time_the_machine_and_the_copy_are_made(machine: Machine, repo: Path) -> None:
+    missing = machine.run("vm", "acp", "new", "--", "pwd")
+    assert (missing.returncode, missing.stdout) == (125, b"")
+    assert b"--run PATH" in missing.stderr
+    ran = machine.run("vm", "acp", "new", "--run", str(repo), "--", "sh", "-c", "pwd; ls run.sh")
+    assert ran.stdout == f"{machine.guest_home}/repo\nrun.sh\n".encode(), ran.stderr
+    assert machine.asked("POST", "/v1/vms")[0] == {"name": "new", "start": True}
+
+
+def test_the_agent_and_its_children_end_with_the_bridge(machine: Machine) -> None:
+    begun = machine.start(
+        "vm", "acp", "box", "--", "sh", "-c", "sleep 1000 & echo $$ $!; wait",
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert begun.stdout is not None
+    pids = [int(word) for word in begun.stdout.readline().split()]
+    begun.kill()
+    begun.communicate()
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in pids if _alive(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

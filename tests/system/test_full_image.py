@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import acp
 import pytest
 
 from tests.support.artifacts import need_image, need_kernel
@@ -134,3 +137,51 @@ def test_a_repository_goes_there_and_its_work_comes_back(vm: Sandbox, tmp_path: 
     assert files.stdout == b"one\ntwo\nthree\n"
     assert (repo / "file").read_text() == "one\n"
     vm.ok("vm", "delete", "work")
+
+
+class _Editor(acp.Client):
+    """What an editor is in the Agent Client Protocol: here it remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    async def session_update(self, session_id: str, update: Any, **_: Any) -> None:
+        self.told.append(update.content.text)
+
+
+def test_an_editor_speaks_with_an_agent_in_there(vm: Sandbox) -> None:
+    """Both ends are the protocol's own SDK; what shells print at login is nowhere between them."""
+    site = Path(acp.__file__).parents[1]
+    vm.ok("vm", "exec", VM, "--", "mkdir", "-p", "/opt/acp")
+    names = ("acp", "annotated_types", "pydantic", "pydantic_core", "typing_extensions.py",
+             "typing_inspection")  # fmt: skip
+    for name in names:
+        vm.ok("vm", "cp", str(site / name), f"{VM}:/opt/acp/")
+    echo = Path(__file__).parents[1] / "support" / "acp_echo.py"
+    vm.ok("vm", "cp", str(echo), f"{VM}:/opt/acp/echo.py")
+    _shell(vm, "for f in ~/.bashrc ~/.profile /etc/profile.d/x.sh; do echo 'echo noise' >>$f; done; "
+               "echo noise >/etc/motd")  # fmt: skip
+    big = "x" * (16 << 20)
+
+    async def talk() -> tuple[list[str], int | None]:
+        editor = _Editor()
+        words = [str(word) for word in vm.command("vm", "acp", VM, "-e", "PYTHONPATH=/opt/acp", "--",
+                                                  "python3", "/opt/acp/echo.py")]  # fmt: skip
+        limit = {"limit": 64 << 20, "stderr": asyncio.subprocess.DEVNULL}
+        async with acp.spawn_agent_process(
+            editor, *words, env=vm.environment, transport_kwargs=limit
+        ) as (agent, process):
+            await agent.initialize(protocol_version=acp.PROTOCOL_VERSION)
+            session = await agent.new_session(cwd="/root", mcp_servers=[])
+            for text in ("hello", big):
+                done = await agent.prompt(
+                    session_id=session.session_id, prompt=[acp.text_block(text)]
+                )
+                assert done.stop_reason == "end_turn"
+        return editor.told, process.returncode
+
+    told, status = asyncio.run(asyncio.wait_for(talk(), timeout=400))
+    assert [len(text) for text in told] == [5, len(big)]
+    assert told == ["hello", big]
+    assert status == 0
+    assert _shell(vm, "pgrep -f [a]cp/echo.py || true") == ""

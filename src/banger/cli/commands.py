@@ -56,6 +56,7 @@ NOUNS: dict[str, Noun] = {
             "exec": Verb("vm_exec", "Run a command in a running VM"),
             "ssh": Verb("vm_ssh", "Enter a running VM through ssh"),
             "workspace": Verb("vm_workspace", "Show and bring home what changed in a VM's copy"),
+            "acp": Verb("vm_acp", "Speak the Agent Client Protocol with an agent inside a VM"),
             "cp": Verb("vm_cp", "Copy files between the host and a VM"),
         },
         {
@@ -167,4 +168,7 @@ SHORTCUTS: dict[str, tuple[str, str]] = {
 }
 
 # The verbs whose stdout belongs to the guest's command: ours goes to stderr, even as JSON.
-STDOUT_IS_THE_GUESTS = {("vm", "exec"), ("vm", "ssh"), ("vm", "cp"), ("internal", "connect")}
+STDOUT_IS_THE_GUESTS = {
+    *(("vm", "exec"), ("vm", "ssh"), ("vm", "cp"), ("vm", "acp")),
+    ("internal", "connect"),
+}

@@ -119,15 +119,15 @@ def run_run(context: Context, args: argparse.Namespace) -> int:
         execution = make_request(args, args.command, directory=directory)
 
     with Progress(quiet=args.quiet, json_lines=args.json) as progress:
-        vm = _create(context, request, progress)
+        vm = create(context, request, progress)
         with _deleted_at_end(context, vm["name"], wanted=args.rm):
             _tell_emulation(context, vm, progress)
-            with _deleted_on_failure(context, vm["name"], wanted=not args.rm):
+            with deleted_on_failure(context, vm["name"], wanted=not args.rm):
                 connection = context.client.connect_vm(vm["name"])
                 if workspace is not None:
-                    _copy(connection, workspace, args, progress)
+                    copy_in(connection, workspace, progress, branch=args.branch, ref=args.from_ref)
                     if not args.no_bootstrap:
-                        _begin_tooling(connection, workspace, progress)
+                        begin_tooling(connection, workspace, progress)
                 if args.entrypoint:
                     execution = _entrypoint(args, context.client.get_image(vm["image"]))
                     if not args.cwd:
@@ -219,7 +219,8 @@ def _creation(args: argparse.Namespace) -> VmCreate:
     return request
 
 
-def _create(context: Context, request: VmCreate, progress: Progress) -> Vm:
+def create(context: Context, request: VmCreate, progress: Progress) -> Vm:
+    """Make a VM; a name that is taken is an error that says how to enter that one."""
     try:
         vm: Vm = follow(context.client, context.client.create_vm(request), progress)
     except Conflict as error:
@@ -242,7 +243,7 @@ def _deleted_at_end(context: Context, name: str, *, wanted: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _deleted_on_failure(context: Context, name: str, *, wanted: bool) -> Any:
+def deleted_on_failure(context: Context, name: str, *, wanted: bool) -> Any:
     """Delete a VM we made when it could not be filled: nobody asked for half of one."""
     try:
         yield
@@ -333,14 +334,20 @@ def _open_workspace(args: argparse.Namespace) -> Workspace | None:
     return workspace
 
 
-def _copy(
-    connection: VmConnection, workspace: Workspace, args: argparse.Namespace, progress: Progress
+def copy_in(
+    connection: VmConnection,
+    workspace: Workspace,
+    progress: Progress,
+    *,
+    branch: str | None = None,
+    ref: str | None = None,
 ) -> None:
+    """Copy a repository into a running VM, and check out `branch` there, begun at `ref`."""
     from banger.guest import agent
     from banger.services import workspaces
 
     endpoint = endpoint_of(connection)
-    if args.branch:
+    if branch:
         _need_git(connection)
     progress.stage(f"copy {workspace.name} to {workspace.guest_directory}")
     agent.put_tar(
@@ -349,18 +356,18 @@ def _copy(
         workspaces.iter_tar(workspace, warn=progress.warning),
         progress=progress.progress,
     )
-    if args.branch:
-        argv = workspaces.branch_argv(workspace, args.branch, args.from_ref)
+    if branch:
+        argv = workspaces.branch_argv(workspace, branch, ref)
         status, _, stderr = agent.capture_exec(endpoint, argv, timeout_s=600)
         if status.exit_code != 0:
             lines = stderr.decode(errors="replace").strip().splitlines()
             raise InvalidInput(
-                f"--branch {args.branch}: git says: {lines[-1] if lines else 'nothing'}",
+                f"--branch {branch}: git says: {lines[-1] if lines else 'nothing'}",
                 hint="commit or stash what conflicts, or leave --from out",
             )
 
 
-def _begin_tooling(connection: VmConnection, workspace: Workspace, progress: Progress) -> None:
+def begin_tooling(connection: VmConnection, workspace: Workspace, progress: Progress) -> None:
     """Begin to install what the repository asks of mise: in the guest, and waited for by nobody."""
     if not any(os.path.lexists(os.path.join(workspace.top, name)) for name in _MISE_FILES):
         return
