@@ -24,7 +24,11 @@ import pytest
 
 import banger
 from banger.client import autostart
+from banger.errors import InvalidInput
+from banger.guest.transport import endpoint_from_wire
 from banger.paths import find_paths
+from banger.services import guest_copies
+from banger.services.workspaces import open_workspace
 from tests.unit.client.fake_daemon import FakeDaemon, make_vm
 
 pytestmark = pytest.mark.integration
@@ -63,8 +67,8 @@ class Machine:
         self.paths = paths
         self.daemon = FakeDaemon(autostart.socket_path(paths))
         vm = make_vm()
-        endpoint = {"kind": "virtio-serial", "directory": str(root / "agent"), "ports": 6}
-        self.daemon.answers["GET /v1/vms/box/connection"] = {"vm": vm, "endpoint": endpoint}
+        self.endpoint = {"kind": "virtio-serial", "directory": str(root / "agent"), "ports": 6}
+        self.daemon.answers["GET /v1/vms/box/connection"] = {"vm": vm, "endpoint": self.endpoint}
         self.daemon.answers["GET /v1/vms/box"] = vm
         self.daemon.answers["POST /v1/vms"] = self.daemon.operation(
             {"type": "stage", "stage": "boot"}, result=vm
@@ -554,8 +558,16 @@ def test_status_tells_what_is_there_and_not_here(
 def test_pull_brings_branches_home_and_changes_nothing_else(
     machine: Machine, repo: Path, copied: Path
 ) -> None:
+    canary = machine.root / "canary"
+    for hook in ("reference-transaction", "post-update", "fsmonitor", "post-index-change"):
+        script = repo / ".git" / "hooks" / hook
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\necho ran >{canary}\n")
+        script.chmod(0o755)
+    _git(repo, "config", "core.fsmonitor", str(repo / ".git/hooks/fsmonitor"))
     before = _everything(repo)
     ran = machine.run("vm", "workspace", "pull", "box", str(repo), "--json")
+    assert not canary.exists()
     assert ran.returncode == 0, ran.stderr
     head = _git(copied, "rev-parse", "fix")
     pulled = {one["ref"]: one for one in json.loads(ran.stdout)}
@@ -604,6 +616,17 @@ def test_the_diff_applies_here(machine: Machine, repo: Path, copied: Path, tmp_p
     short = machine.run("vm", "workspace", "diff", "--stat", "box", str(repo)).stdout
     assert b"new.txt" in short
     assert b"+new" not in short
+
+
+def test_a_guest_cannot_fill_the_disk(
+    repo: Path, copied: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest_copies, "MAX_BUNDLE_BYTES", 100)
+    endpoint = endpoint_from_wire(machine.endpoint)
+    copy = guest_copies.Copy("box", endpoint, str(copied), open_workspace(str(repo)))
+    for step in (lambda: guest_copies.write_diff(copy, len), lambda: guest_copies.pull(copy)):
+        with pytest.raises(InvalidInput, match="sends more than"):
+            step()
 
 
 def test_a_bundle_is_gits_own(machine: Machine, repo: Path, copied: Path, tmp_path: Path) -> None:

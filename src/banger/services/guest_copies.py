@@ -118,7 +118,7 @@ def write_diff(copy: Copy, take: Callable[[bytes], object], *, stat: bool = Fals
         "g -c color.ui=false -c core.quotePath=false --no-pager diff --no-ext-diff --no-textconv "
         '"$@"'
     )
-    _run(copy, ["sh", "-c", script, "sh", *how, base, "--"], take)
+    _run(copy, ["sh", "-c", script, "sh", *how, base, "--"], _bounded(copy, take))
 
 
 def write_bundle(copy: Copy, out: IO[bytes], *, uncommitted: bool = False) -> bool:
@@ -254,21 +254,34 @@ def _bundle(
     out: IO[bytes],
     progress: Callable[[int], object] = lambda _: None,
 ) -> bool:
+    def write(data: bytes) -> None:
+        view = memoryview(data)
+        while view:  # a raw file may take less
+            view = view[out.write(view) :]
+
+    words = ["bundle", "create", "-q", "-", "--ignore-missing", *refs, *_not_ours(copy)]
+    take = _bounded(copy, write, progress)
+    stderr = _run(copy, _git_words(words), take, refused=b"empty bundle")
+    return b"empty bundle" not in stderr
+
+
+def _bounded(
+    copy: Copy,
+    take: Callable[[bytes], object],
+    progress: Callable[[int], object] = lambda _: None,
+) -> Callable[[bytes], object]:
+    """Return `take` for as much as a guest may send: it could fill our disk."""
     done = 0
 
-    def take(data: bytes) -> None:
+    def count(data: bytes) -> None:
         nonlocal done
         done += len(data)
         if done > MAX_BUNDLE_BYTES:
             raise InvalidInput(f"{copy.vm} sends more than {MAX_BUNDLE_BYTES >> 30} GiB")
-        view = memoryview(data)
-        while view:  # a raw file may take less
-            view = view[out.write(view) :]
+        take(data)
         progress(done)
 
-    words = ["bundle", "create", "-q", "-", "--ignore-missing", *refs, *_not_ours(copy)]
-    stderr = _run(copy, _git_words(words), take, refused=b"empty bundle")
-    return b"empty bundle" not in stderr
+    return count
 
 
 # -- and taking it apart, here
