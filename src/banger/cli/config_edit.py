@@ -34,14 +34,20 @@ def _file(context: Context) -> Path:
     return Path(os.path.realpath(os.path.join(context.paths.config_dir, "config.toml")))
 
 
-def _known(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return every key with its value, `vm.memory` for those of a section."""
+def _known(settings: Any) -> dict[str, Any]:
+    """Return every key with its value, `vm.memory` for those of a section.
+
+    A table whose names are the user's, such as `acp_agents`, is one value.
+    """
+    from banger.cli.config import as_dict
+
     found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if prefix or not isinstance(value, dict):
-            found[f"{prefix}{name}"] = value
+    for name in settings.__struct_fields__:
+        value = getattr(settings, name)
+        if hasattr(value, "__struct_fields__"):
+            found |= {f"{name}.{key}": one for key, one in as_dict(value).items()}
         else:
-            found |= _known(value, f"{name}.")
+            found[name] = as_dict(value)
     return found
 
 
@@ -58,10 +64,8 @@ def _check_key(key: str, known: dict[str, Any]) -> str:
 def _settings(directory: str | None) -> dict[str, Any]:
     """Return the settings in force, or the defaults when there is no directory."""
     from banger import config
-    from banger.cli.config import as_dict
 
-    found = config.Config() if directory is None else config.load_config(directory)
-    return _known(as_dict(found))
+    return _known(config.Config() if directory is None else config.load_config(directory))
 
 
 # -- get

@@ -151,3 +151,13 @@ def test_edit_takes_what_is_valid_only(file: Path) -> None:
     kept.unlink()
     assert _edit("false").returncode == 125
     assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
+
+
+def test_a_table_of_the_users_own_names_is_one_value(cli: Cli) -> None:
+    assert cli.run("config", "get", "acp_agents").out == "{}\n"
+    assert cli.run("config", "set", "acp_agents", '{ g = ["gemini", "--acp"] }').status == 0
+    assert cli.run("config", "get", "acp_agents").out == '{"g": ["gemini", "--acp"]}\n'
+    one = '[{ host = "~/a", guest = "~/b" }]'
+    assert cli.run("config", "set", "file_sync", one).status == 0
+    told = cli.run("config", "get", "file_sync").out
+    assert told == '{"host": "~/a", "guest": "~/b", "mode": "0600"}\n'
