@@ -688,6 +688,8 @@ def test_a_host_that_went_on_still_finds_the_base(
         (("export", "box", "{repo}", "--uncommitted", "-o", "x"), "a patch holds"),
         (("export", "box", "{repo}", "--format", "bundle"), "-o FILE"),
         (("export", "box", "{repo}", "-o", "/nowhere/x"), "/nowhere does not exist"),
+        (("export", "box", "{repo}", "-o", "/dev/full"), "/dev/full is no plain file"),
+        (("export", "box", "{repo}", "-o", "/proc/x"), "cannot write in /proc"),
     ],
 )
 def test_what_is_wrong_is_said(

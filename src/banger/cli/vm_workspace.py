@@ -14,7 +14,7 @@ from banger.cli import output
 from banger.cli.context import Context, endpoint_of
 from banger.cli.parsing import Parser, add_json, add_quiet
 from banger.cli.progress import Progress
-from banger.errors import NotFound, UsageError
+from banger.errors import InvalidInput, NotFound, UsageError
 
 if TYPE_CHECKING:
     from banger.services.guest_copies import Copy, Pulled, State
@@ -131,7 +131,7 @@ def _show(copy: Copy, state: State) -> None:
         output.write_line("nothing that is not here")
         return
     if state.commits:
-        output.write_line(f"{len(state.commits)} commits that are not here:")
+        output.write_line(f"{_count(len(state.commits))} not here:")
         for commit in state.commits[:_SHOWN_COMMITS]:
             output.write_line(f"  {commit.id[:12]} {commit.subject}")
         if len(state.commits) > _SHOWN_COMMITS:
@@ -197,11 +197,17 @@ def _export(context: Context, copy: Copy, args: argparse.Namespace, progress: Pr
 @contextlib.contextmanager
 def _written(path: str) -> Iterator[IO[bytes]]:
     """Yield a file that takes the place of `path` when all of it is there."""
-    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.lexists(path) and not os.path.isfile(path):
+        # A device of root's would become a file.
+        raise InvalidInput(f"{path} is no plain file", hint="leave -o out, and redirect stdout")
+    path = os.path.realpath(path)
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise NotFound(f"{directory} does not exist")
     try:
         handle, name = tempfile.mkstemp(prefix=".banger-", dir=directory)
-    except FileNotFoundError as error:
-        raise NotFound(f"{directory} does not exist") from error
+    except OSError as error:
+        raise InvalidInput(f"cannot write in {directory}: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -233,8 +239,11 @@ def _pull(context: Context, copy: Copy, args: argparse.Namespace, progress: Prog
 def _line(one: Pulled) -> str:
     name = one.ref.removeprefix("refs/remotes/")
     was = "new" if one.old is None else f"was {one.old[:12]}"
-    commits = "1 commit" if one.commits == 1 else f"{one.commits} commits"
-    return f"{name} {one.new[:12]} ({was}; {commits} not here before)"
+    return f"{name} {one.new[:12]} ({was}; {_count(one.commits)} not here before)"
+
+
+def _count(commits: int) -> str:
+    return "1 commit" if commits == 1 else f"{commits} commits"
 
 
 VERBS = {"workspace": (build_workspace, run_workspace)}
