@@ -197,6 +197,10 @@ def _export(context: Context, copy: Copy, args: argparse.Namespace, progress: Pr
 @contextlib.contextmanager
 def _written(path: str) -> Iterator[IO[bytes]]:
     """Yield a file that takes the place of `path` when all of it is there."""
+    from pathlib import Path
+
+    from banger.host.files import no_space_named
+
     if os.path.lexists(path) and not os.path.isfile(path):
         # A device of root's would become a file.
         raise InvalidInput(f"{path} is no plain file", hint="leave -o out, and redirect stdout")
@@ -209,7 +213,7 @@ def _written(path: str) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise InvalidInput(f"cannot write in {directory}: {error.strerror}") from error
     try:
-        with os.fdopen(handle, "wb") as file:
+        with no_space_named(Path(directory)), os.fdopen(handle, "wb") as file:
             yield file
         mask = os.umask(0)
         os.umask(mask)

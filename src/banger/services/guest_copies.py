@@ -11,11 +11,13 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from banger.errors import BangerError, InvalidInput, NotFound, Unavailable
 from banger.guest import agent, frames
 from banger.guest.transport import Endpoint
+from banger.host.files import no_space_named
 from banger.services.safe_git import git
 from banger.services.workspaces import Workspace
 
@@ -156,7 +158,8 @@ def pull(
         refs.append(_UNCOMMITTED)
     for name in tips:
         _check_name(copy, name)
-    with tempfile.TemporaryFile(buffering=0) as spool:
+    place = Path(tempfile.gettempdir())
+    with no_space_named(place), tempfile.TemporaryFile(buffering=0, dir=place) as spool:
         if _bundle(copy, refs, spool, progress):
             _unbundle(copy, spool)
     return _update(copy, tips)
