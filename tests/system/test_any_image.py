@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pytest
 
@@ -165,6 +165,14 @@ def test_a_published_port_leads_to_the_workspace(guest: Guest) -> None:
         assert answer.read() == b"from the repository\n"
 
 
+def _event(lines: IO[bytes], guest_port: int) -> dict[str, Any]:
+    """Return what `vm forward --json` says next of a port."""
+    while (said := json.loads(lines.readline()))["guest_port"] != guest_port:
+        pass
+    found: dict[str, Any] = said
+    return found
+
+
 def test_forwards_lead_to_what_listens(guest: Guest) -> None:
     shown = guest.user.popen("vm", "forward", guest.name, "--auto", "--json")
     named = guest.user.popen("vm", "forward", guest.name, f"8000:{free_port()}", "--json")
@@ -173,12 +181,21 @@ def test_forwards_lead_to_what_listens(guest: Guest) -> None:
         assert named.stdout is not None
         # The guest's httpd listens on 8000 already.
         for one in (shown, named):
-            while (said := json.loads(one.stdout.readline()))["guest_port"] != 8000:
-                pass
+            said = _event(one.stdout, 8000)
             assert said["type"] == "open"
             with socket.create_connection(("127.0.0.1", said["port"]), timeout=60) as client:
                 client.sendall(b"GET /file HTTP/1.0\r\n\r\n")
                 assert client.recv(100).startswith(b"HTTP/1.")
+        # What begins to listen is opened, and closed when it ends: with the command that runs it.
+        words = ("vm", "exec", guest.name, "--", "/tmp/httpd", "-f", "-p", "127.0.0.1:8001")
+        second = guest.user.popen(*words)
+        opened = _event(shown.stdout, 8001)
+        assert opened["type"] == "open"
+        second.kill()
+        second.communicate()
+        assert _event(shown.stdout, 8001)["type"] == "closed"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", opened["port"]), timeout=60)
     finally:
         for one in (shown, named):
             one.send_signal(signal.SIGINT)
