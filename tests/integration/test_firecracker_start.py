@@ -56,7 +56,6 @@ needs_pasta = pytest.mark.skipif(
     shutil.which("pasta") is None or not os.access("/dev/net/tun", os.R_OK | os.W_OK),
     reason="needs pasta and /dev/net/tun",
 )
-pytestmark = pytest.mark.integration
 
 
 def _can_make_namespaces() -> bool:
@@ -64,8 +63,10 @@ def _can_make_namespaces() -> bool:
     return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
-if not _can_make_namespaces():
-    pytestmark = [pytest.mark.integration, pytest.mark.skip(reason="no user namespaces here")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not _can_make_namespaces(), reason="no user namespaces here"),
+]
 
 
 @pytest.fixture

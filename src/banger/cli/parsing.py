@@ -202,6 +202,15 @@ CREATION_FIELDS = (
 )
 
 
+def add_surroundings(group: argparse._ActionsContainer) -> None:
+    """Add where in the guest a command runs, as whom, and what its variables are."""
+    group.add_argument(
+        "-e", "--env", action="append", default=[], metavar="K=V", help="set a variable (repeat)"
+    )
+    group.add_argument("-w", "--cwd", metavar="DIR", help="run it in this directory of the guest")
+    group.add_argument("-u", "--user", metavar="USER", help="run it as this user (default: root)")
+
+
 def add_execution(parser: argparse.ArgumentParser) -> None:
     """Add how a command runs in the guest."""
     group = parser.add_argument_group("the command")
@@ -210,11 +219,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
     group.add_argument("-d", "--detach", action="store_true", help="start it and return at once")
-    group.add_argument(
-        "-e", "--env", action="append", default=[], metavar="K=V", help="set a variable (repeat)"
-    )
-    group.add_argument("-w", "--cwd", metavar="DIR", help="run it in this directory of the guest")
-    group.add_argument("-u", "--user", metavar="USER", help="run it as this user (default: root)")
+    add_surroundings(group)
     group.add_argument(
         "--timeout", metavar="SECONDS", help="end it after so long and exit with 124"
     )

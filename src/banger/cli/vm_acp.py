@@ -7,10 +7,11 @@ nothing of ours. The daemon is asked for the VM and is out of the way from then 
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from banger.cli.context import Context
-from banger.cli.parsing import Parser, add_json, add_quiet
+from banger.cli.parsing import Parser, add_json, add_quiet, add_surroundings
 from banger.cli.progress import Progress, follow
 from banger.errors import InvalidInput, NotFound, UsageError, nearest
 
@@ -42,13 +43,7 @@ def build_acp(parser: Parser) -> None:
         help="when there is no such VM: make it, with a copy of this git repository",
     )
     parser.add_argument("--image", metavar="IMAGE", help="--run: the image of a new VM")
-    parser.add_argument(
-        "-w", "--cwd", metavar="DIR", help="where the agent runs (default: the copy, or /root)"
-    )
-    parser.add_argument(
-        "-e", "--env", action="append", default=[], metavar="K=V", help="set a variable (repeat)"
-    )
-    parser.add_argument("-u", "--user", metavar="USER", help="run it as this user (default: root)")
+    add_surroundings(parser)
     add_quiet(parser)
     add_json(parser, "write the result as a line of JSON to stderr")
     parser.examples(
@@ -76,11 +71,11 @@ def run_acp(context: Context, args: argparse.Namespace) -> int:
         workspace = open_workspace(args.run)
     with Progress(quiet=args.quiet) as progress:
         connection = _running(context, args, workspace, progress)
-    directory = args.cwd or ("/root" if workspace is None else workspace.guest_directory)
+    directory = args.cwd or (None if workspace is None else workspace.guest_directory)
     request = ExecRequest(
-        argv=[word.encode("utf-8", "surrogateescape") for word in argv],
+        argv=[os.fsencode(word) for word in argv],
         env=environment,
-        cwd=directory.encode("utf-8", "surrogateescape"),
+        cwd=None if directory is None else os.fsencode(directory),
         user=args.user or "root",
     )
     return execute(connection, request, json=context.json)

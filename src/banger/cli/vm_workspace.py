@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import os
 import sys
@@ -154,12 +155,13 @@ def _diff(copy: Copy, progress: Progress, *, stat: bool) -> int:
 
 def _to_stdout(progress: Progress) -> Callable[[bytes], object]:
     """Return what writes a guest's bytes: as they are into a pipe, escaped to a terminal."""
+    # A character may be cut in two between pieces.
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
     def take(data: bytes) -> None:
         progress.close()
         if output.is_terminal(sys.stdout):
-            text = data.decode(errors="surrogateescape")
-            sys.stdout.write(output.escape(text, keep="\n\t"))
+            sys.stdout.write(output.escape(decoder.decode(data), keep="\n\t"))
         else:
             sys.stdout.buffer.write(data)
 

@@ -19,6 +19,7 @@ from banger.config import FileSync
 from banger.errors import BangerError, NoSpace, TimedOut
 from banger.guest import agent
 from banger.guest.transport import Endpoint
+from banger.services.workspaces import GUEST_HOME
 
 # Of opencode, Claude Code and pi: the login alone, never a history. The same places under /root.
 LOGINS = (
@@ -26,7 +27,6 @@ LOGINS = (
     ".claude/.credentials.json",
     ".pi/agent/auth.json",
 )
-GUEST_HOME = "/root"
 MAX_BYTES = 1 << 20  # of one file; logins are some KB
 _ANSWER_TIMEOUT_S = 10.0
 

@@ -92,7 +92,7 @@ def read_state(copy: Copy) -> State:
         if len(entry) < 4:
             continue
         status, path = entry[:2].decode("ascii", "replace"), os.fsdecode(entry[3:])
-        if status[0] in "RC":
+        if "R" in status or "C" in status:
             path = f"{os.fsdecode(next(entries, b''))} -> {path}"
         changes.append(Change(status, path))
     head = _head(copy)
@@ -245,10 +245,8 @@ def _commit_the_rest(copy: Copy) -> str | None:
     )
     name = _text(_ask(copy, "config", "user.name", may_fail=True)) or "banger"
     email = _text(_ask(copy, "config", "user.email", may_fail=True)) or f"root@{copy.vm}"
-    said: list[bytes] = []
     message = f"Uncommitted changes in {copy.vm}:{copy.directory}"
-    _run(copy, ["sh", "-c", script, "sh", name, email, message], said.append)
-    return _id(_text(b"".join(said)))
+    return _id(_text(_collect(copy, ["sh", "-c", script, "sh", name, email, message])))
 
 
 def _bundle(
@@ -348,7 +346,12 @@ def _git_words(words: Iterable[str]) -> list[str]:
 
 
 def _ask(copy: Copy, *words: str, may_fail: bool = False) -> bytes:
-    """Run git in the copy and return its stdout, bounded."""
+    """Run git in the copy and return its stdout; `may_fail` is for questions with no answer."""
+    return _collect(copy, _git_words(words), refused=b"" if may_fail else None)
+
+
+def _collect(copy: Copy, words: list[str], *, refused: bytes | None = None) -> bytes:
+    """Run a program as `_run` does and return its stdout, bounded."""
     said = bytearray()
 
     def take(data: bytes) -> None:
@@ -356,7 +359,7 @@ def _ask(copy: Copy, *words: str, may_fail: bool = False) -> bytes:
         if len(said) > _MAX_ANSWER_BYTES:
             raise Unavailable(f"git in {copy.vm} says more than {_MAX_ANSWER_BYTES >> 20} MiB")
 
-    _run(copy, _git_words(words), take, refused=b"" if may_fail else None)
+    _run(copy, words, take, refused=refused)
     return bytes(said)
 
 

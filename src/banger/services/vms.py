@@ -483,17 +483,15 @@ class VmService:
             sink.warning(warning)
         if not found:
             return row
-        before = set(json.loads(row.synced))
-        # On record first: what may be in the guest must not get into an image that is made of it.
-        row = await self._rows.update(
-            replace(row, synced=_paths(before | {file.guest for file in found}))
-        )
+        # On record first, and also when it fails half way: what may be in the guest must not get
+        # into an image that is made of it.
+        paths = {*json.loads(row.synced), *(file.guest for file in found)}
+        row = await self._rows.update(replace(row, synced=json.dumps(sorted(paths))))
         endpoint = self._vmms[vmm_name].endpoint(self._layout.vm(row.id).runtime)
         failed = await asyncio.to_thread(file_sync.write, endpoint, found)
         for guest, why in failed.items():
             sink.warning(f"{row.name} did not get {guest}: {why}")
-        written = {file.guest for file in found} - set(failed)
-        return replace(row, synced=_paths(before | written))
+        return row
 
     async def _agent_answers(self, row: VmRow, process: ProcessIdentity) -> None:
         vm_files = self._layout.vm(row.id)
@@ -834,10 +832,6 @@ class VmService:
 def _kernel_for(row: VmRow, request: VmCreate, image: Wire) -> str:
     """Return the kernel asked for, else the one the image names, else the default."""
     return request.get("kernel") or image.get("kernel") or row.kernel
-
-
-def _paths(paths: set[str]) -> str:
-    return json.dumps(sorted(paths))
 
 
 def _random_mac() -> str:
