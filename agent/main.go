@@ -17,7 +17,9 @@ import (
 	"banger/agent/files"
 	"banger/agent/forward"
 	"banger/agent/keeplog"
+	"banger/agent/session"
 	"banger/agent/shell"
+	"banger/agent/sshagent"
 	"banger/agent/stream"
 	"banger/agent/system"
 )
@@ -45,6 +47,9 @@ func main() {
 		if directory := os.Getenv("BANGER_AGENT_LOGS"); directory != "" {
 			exec.LogDirectory = directory
 		}
+		session.NoCgroups = true
+		session.Directory = filepath.Join(os.Args[2], "sessions")
+		session.Load()
 		if err := serveUnix(newServer("test"), os.Args[2], ports); err != nil {
 			fmt.Fprintln(os.Stderr, "banger-agent:", err)
 			os.Exit(1)
@@ -78,7 +83,7 @@ func newServer(mode string) *stream.Server {
 		"exec": exec.Handle, "put": files.Put, "get": files.Get, "stat": files.Stat,
 		"forward": forward.Handle, "ports": forward.Ports,
 		"stats": system.Stats, "sync": system.Sync, "time": system.Time, "shutdown": system.Shutdown,
-		"shell": shell.Handle,
+		"shell": shell.Handle, "session": session.Handle, "ssh_agent": sshagent.Handle,
 		"streams": func(s *stream.Stream, _ []byte) error {
 			return s.Finish(map[string]interface{}{"streams": server.PortStates()})
 		},
@@ -104,6 +109,7 @@ func serveGuest(arguments []string) {
 	system.OwnInit = mode == "init"
 	duties, dutiesErr := boot.ReadDuties()
 	exec.ImageEnvironment = duties.Environment
+	session.Load()
 	server := newServer(mode)
 	opener := &portOpener{server: server, open: map[string]bool{}}
 	opener.scan()

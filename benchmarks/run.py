@@ -40,13 +40,14 @@ from banger.vmm.probe import probe_kvm
 from banger.vmm.qemu import Qemu
 from banger.vmm.select import VmmChoice, choose_vmm
 from benchmarks.imports import import_rows
+from benchmarks.sessions import session_rows
 from benchmarks.table import Row, at_most, faster, in_turns, render, shown_time, timed, within
+from benchmarks.workspace import FILES, make_repository, sync_rows
 from tests.support.artifacts import cache_root, need_image, need_kernel
 from tests.support.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "debian-bookworm"
-FILES = 10_000
 
 
 def cli_rows(user: Sandbox) -> Iterator[Row]:
@@ -181,15 +182,7 @@ def exec_rows(user: Sandbox) -> Iterator[Row]:
 
 def workspace_rows(user: Sandbox) -> Iterator[Row]:
     """10,000 files in, by one tar stream of ours and by tar over ssh into the same VM."""
-    repo = user.root / "many"
-    repo.mkdir()
-    for number in range(FILES):
-        folder = repo / f"d{number % 100:02d}"
-        folder.mkdir(exist_ok=True)
-        (folder / f"file-{number}.txt").write_bytes(b"x" * (200 + number % 3000))
-    git = ["git", "-c", "user.name=B", "-c", "user.email=b@example.org", "-C", str(repo)]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "many"]):
-        subprocess.run([*git, *words], check=True)
+    repo = make_repository(user.root / "many")
     config = user.home / ".ssh" / "config"
 
     from banger.services import workspaces
@@ -264,6 +257,10 @@ def rows(user: Sandbox, rounds: int, *, build: bool) -> Iterator[Row]:
     user.ok("vm", "create", "--name", "bench", "--image", IMAGE)
     yield from exec_rows(user)
     yield from workspace_rows(user)
+    yield from sync_rows(_endpoint(user, "bench"), user.root / "many")
+    config = str(user.home / ".ssh" / "config")
+    ssh = ["ssh", "-F", config, "-o", "BatchMode=yes", "bench.vm"]
+    yield from session_rows(user, _endpoint(user, "bench"), ssh)
     yield memory_row(user)
     user.ok("vm", "delete", "bench")
     if build:

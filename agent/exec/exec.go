@@ -33,11 +33,25 @@ var LogDirectory = "/var/log/banger"
 // Etc is where passwd, group and environment are.
 var Etc = "/etc"
 
-type exitBody struct {
+// ExitBody is EXIT's.
+type ExitBody struct {
 	Code     *int `json:"code"`
 	Signal   *int `json:"signal"`
 	Core     bool `json:"core"`
 	TimedOut bool `json:"timed_out"`
+}
+
+// ExitOf says how a process ended.
+func ExitOf(state *os.ProcessState) (body ExitBody) {
+	status, _ := state.Sys().(syscall.WaitStatus)
+	if status.Signaled() {
+		number := int(status.Signal())
+		body.Signal, body.Core = &number, status.CoreDump()
+	} else {
+		code := status.ExitStatus()
+		body.Code = &code
+	}
+	return body
 }
 
 func borrowed(fd uintptr, i int) *os.File {
@@ -66,12 +80,9 @@ func pipe(name string, oursIsRead bool) (ours *os.File, child int, err error) {
 }
 
 type job struct {
+	*Child
 	request *Request
 	s       *stream.Stream
-	process *os.Process
-	input   *os.File // pipe or master; nil for none
-	outputs []output
-	master  *os.File
 	stdin   *stdinQueue
 
 	exitMutex sync.Mutex
@@ -91,28 +102,15 @@ func Handle(s *stream.Stream, raw []byte) error {
 	if err != nil {
 		return err
 	}
-	account, err := LookUp(request.User, Etc)
+	place, err := locate(request)
 	if err != nil {
 		return err
 	}
-	cwd := request.Cwd
-	if cwd == "" {
-		cwd = account.Home
-		if info, err := os.Stat(cwd); err != nil || !info.IsDir() {
-			cwd = "/"
-		}
-	} else if info, err := os.Stat(cwd); err != nil {
-		return stream.Failed("bad_cwd", "working directory %q: %v", cwd, errors.Unwrap(err))
-	} else if !info.IsDir() {
-		return stream.Failed("bad_cwd", "working directory %q is not a directory", cwd)
-	}
 	j := &job{request: request, s: s, exited: make(chan struct{}), cancelled: make(chan struct{})}
-	env := environment(request, account, Etc)
 	if request.Detach {
-		return j.detach(account, env, cwd)
+		return j.detach(place)
 	}
-	if err := j.start(account, env, cwd); err != nil {
-		j.close()
+	if j.Child, err = start(request, place); err != nil {
 		var failure *notStarted
 		if !errors.As(err, &failure) {
 			return err
@@ -120,7 +118,7 @@ func Handle(s *stream.Stream, raw []byte) error {
 		if err := s.Send(stream.Stderr, []byte("banger: "+clip(failure.message, 1024)+"\n")); err != nil {
 			return err
 		}
-		if err := s.SendJSON(stream.Exit, exitBody{Code: &failure.code}); err != nil {
+		if err := s.SendJSON(stream.Exit, ExitBody{Code: &failure.code}); err != nil {
 			return err
 		}
 		return s.Finish(nil)
@@ -135,77 +133,148 @@ func clip(text string, limit int) string {
 	return text
 }
 
-func (j *job) start(account *Account, env []string, cwd string) (err error) {
-	var child [3]int
-	for i := range child {
-		child[i] = -1
+// place is who runs a process, with which environment, and where.
+type place struct {
+	account *Account
+	env     []string
+	cwd     string
+}
+
+func locate(request *Request) (*place, error) {
+	account, err := LookUp(request.User, Etc)
+	if err != nil {
+		return nil, err
 	}
+	cwd := request.Cwd
+	if cwd == "" {
+		cwd = account.Home
+		if info, err := os.Stat(cwd); err != nil || !info.IsDir() {
+			cwd = "/"
+		}
+	} else if info, err := os.Stat(cwd); err != nil {
+		return nil, stream.Failed("bad_cwd", "working directory %q: %v", cwd, errors.Unwrap(err))
+	} else if !info.IsDir() {
+		return nil, stream.Failed("bad_cwd", "working directory %q is not a directory", cwd)
+	}
+	return &place{account, environment(request, account, Etc), cwd}, nil
+}
+
+// Child is a process with our ends of its files.
+type Child struct {
+	Process *os.Process
+	Input   *os.File // a pipe, or Master; nil for none
+	Stdout  *os.File // a pipe, or Master
+	Stderr  *os.File // nil with a pty
+	Master  *os.File // of the pty; nil for none
+	Cwd     string
+}
+
+// Start starts a process, as Handle does but for nobody's stream.
+func Start(request *Request) (*Child, error) {
+	place, err := locate(request)
+	if err != nil {
+		return nil, err
+	}
+	child, err := start(request, place)
+	var failure *notStarted
+	if errors.As(err, &failure) {
+		return nil, stream.Failed("not_found", "%s", clip(failure.message, 1024))
+	}
+	return child, err
+}
+
+func start(request *Request, place *place) (c *Child, err error) {
+	c = &Child{Cwd: place.cwd}
+	theirs := [3]int{-1, -1, -1}
 	defer func() {
 		closed := map[int]bool{-1: true}
-		for _, fd := range child {
+		for _, fd := range theirs {
 			if !closed[fd] {
 				syscall.Close(fd)
 				closed[fd] = true
 			}
 		}
+		if err != nil {
+			c.Close()
+		}
 	}()
-	if j.request.TTY != nil {
-		master, slave, err := openPty(j.request.TTY, account)
+	if request.TTY != nil {
+		master, slave, err := openPty(request.TTY, place.account)
 		if err != nil {
-			return err
+			return c, err
 		}
-		child = [3]int{slave, slave, slave}
+		theirs = [3]int{slave, slave, slave}
 		if err := syscall.SetNonblock(master, true); err != nil {
-			return err
+			return c, err
 		}
-		j.master = os.NewFile(uintptr(master), "pty")
-		j.input = j.master
-		j.outputs = []output{{j.master, stream.Stdout}}
+		c.Master = os.NewFile(uintptr(master), "pty")
+		c.Input, c.Stdout = c.Master, c.Master
 	} else {
-		if j.request.Stdin {
-			j.input, child[0], err = pipe("stdin", false)
+		if request.Stdin {
+			c.Input, theirs[0], err = pipe("stdin", false)
 		} else {
-			child[0], err = syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+			theirs[0], err = syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 		}
 		if err != nil {
-			return err
+			return c, err
 		}
-		for i, kind := range []byte{stream.Stdout, stream.Stderr} {
-			file, fd, err := pipe("output", true)
-			if err != nil {
-				return err
-			}
-			child[i+1] = fd
-			j.outputs = append(j.outputs, output{file, kind})
+		if c.Stdout, theirs[1], err = pipe("stdout", true); err != nil {
+			return c, err
+		}
+		if c.Stderr, theirs[2], err = pipe("stderr", true); err != nil {
+			return c, err
 		}
 	}
-	j.process, err = spawn(j.request, account, env, cwd,
-		[3]uintptr{uintptr(child[0]), uintptr(child[1]), uintptr(child[2])})
-	return err
+	c.Process, err = spawn(request, place, [3]uintptr{uintptr(theirs[0]), uintptr(theirs[1]), uintptr(theirs[2])})
+	return c, err
 }
 
-func (j *job) close() {
-	if j.input != nil && j.input != j.master {
-		j.input.Close()
+// Close closes our ends.
+func (c *Child) Close() {
+	for _, file := range []*os.File{c.Input, c.Stdout, c.Stderr} {
+		if file != nil {
+			file.Close() // twice, for a pty: the second fails
+		}
 	}
-	for _, out := range j.outputs {
-		out.file.Close()
+}
+
+// Resize sets the size of the pty.
+func (c *Child) Resize(payload []byte) {
+	var size struct{ Rows, Cols uint16 }
+	if c.Master == nil || stream.Decode(payload, &size) != nil {
+		return
 	}
+	if raw, err := c.Master.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = setWindow(int(fd), size.Rows, size.Cols) })
+	}
+}
+
+// SignalNumber reads the payload of a SIGNAL; 0 is none.
+func SignalNumber(payload []byte) syscall.Signal {
+	var signal struct{ Number int }
+	if stream.Decode(payload, &signal) != nil || signal.Number < 1 || signal.Number > 64 {
+		return 0
+	}
+	return syscall.Signal(signal.Number)
 }
 
 // run is the worker: it ends when the process and its output have ended, or the host is gone.
 func (j *job) run() error {
-	if j.input != nil {
+	if j.Input != nil {
 		j.stdinQueue().start(j)
 	}
-	startErr := j.s.SendJSON(stream.Started, map[string]int{"pid": j.process.Pid})
+	startErr := j.s.SendJSON(stream.Started, map[string]int{"pid": j.Process.Pid})
 	timer := j.startTimeout()
+	outputs := []output{{j.Stdout, stream.Stdout}}
+	if j.Stderr != nil {
+		outputs = append(outputs, output{j.Stderr, stream.Stderr})
+	}
 	var pumps sync.WaitGroup
-	drains := make([]*drain, len(j.outputs))
-	for i, out := range j.outputs {
-		drains[i] = &drain{}
+	drains := make([]*Drain, len(outputs))
+	for i, out := range outputs {
+		drains[i] = &Drain{}
 		pumps.Add(1)
-		go func(out output, d *drain) {
+		go func(out output, d *Drain) {
 			defer pumps.Done()
 			j.pump(out, d)
 		}(out, drains[i])
@@ -216,16 +285,16 @@ func (j *job) run() error {
 	// Not this goroutine: a process that lives on after a hang-up must not keep the port busy.
 	go func() {
 		defer close(finished)
-		state, waitErr = j.process.Wait()
+		state, waitErr = j.Process.Wait()
 		j.exitMutex.Lock()
 		close(j.exited)
 		j.exitMutex.Unlock()
 		timer()
-		for i, out := range j.outputs {
-			drains[i].begin(out.file)
+		for i, out := range outputs {
+			drains[i].Begin(out.file)
 		}
 		pumps.Wait()
-		j.close()
+		j.Close()
 		if j.stdin != nil {
 			j.stdin.stop()
 		}
@@ -241,15 +310,8 @@ func (j *job) run() error {
 	if waitErr != nil {
 		return waitErr
 	}
-	body := exitBody{TimedOut: atomic.LoadInt32(&j.timedOut) != 0}
-	status, _ := state.Sys().(syscall.WaitStatus)
-	if status.Signaled() {
-		number := int(status.Signal())
-		body.Signal, body.Core = &number, status.CoreDump()
-	} else {
-		code := status.ExitStatus()
-		body.Code = &code
-	}
+	body := ExitOf(state)
+	body.TimedOut = atomic.LoadInt32(&j.timedOut) != 0
 	if err := j.s.SendJSON(stream.Exit, body); err != nil {
 		return err
 	}
@@ -280,21 +342,21 @@ func (j *job) startTimeout() func() {
 		case <-j.exited:
 		case <-time.After(timeoutGrace):
 		}
-		KillSession(j.process.Pid)
+		KillSession(j.Process.Pid)
 	})
 	return func() { timer.Stop() }
 }
 
-// drain says how long to read on after the process has exited.
-type drain struct {
-	mutex   sync.Mutex
-	exited  bool
-	owed    int // bytes that stood in the pipe at the exit: they are never lost
-	endsAt  time.Time
-	current *os.File
+// Drain says how long to read on after the process has exited.
+type Drain struct {
+	mutex  sync.Mutex
+	exited bool
+	owed   int // bytes that stood in the pipe at the exit: they are never lost
+	endsAt time.Time
 }
 
-func (d *drain) begin(file *os.File) {
+// Begin is told of the exit.
+func (d *Drain) Begin(file *os.File) {
 	d.mutex.Lock()
 	defer d.mutex.Unlock()
 	d.exited = true
@@ -310,8 +372,8 @@ func (d *drain) begin(file *os.File) {
 	_ = file.SetReadDeadline(time.Now().Add(drainIdle))
 }
 
-// after tells whether to read on after n bytes.
-func (d *drain) after(n int, file *os.File) bool {
+// After tells whether to read on after n bytes.
+func (d *Drain) After(n int, file *os.File) bool {
 	d.mutex.Lock()
 	defer d.mutex.Unlock()
 	if !d.exited {
@@ -326,7 +388,7 @@ func (d *drain) after(n int, file *os.File) bool {
 	return true
 }
 
-func (j *job) pump(out output, d *drain) {
+func (j *job) pump(out output, d *Drain) {
 	buffer := make([]byte, stream.HeaderBytes+stream.MaxPayload)
 	gone := false
 	for {
@@ -337,7 +399,7 @@ func (j *job) pump(out output, d *drain) {
 			if !gone && j.s.SendPrepared(out.kind, buffer[:stream.HeaderBytes+n]) != nil {
 				gone = true
 			}
-			if !d.after(n, out.file) {
+			if !d.After(n, out.file) {
 				return
 			}
 		}
@@ -353,21 +415,21 @@ func (j *job) signalGroup(number syscall.Signal) {
 	j.exitMutex.Lock()
 	defer j.exitMutex.Unlock()
 	if !j.hasExited() {
-		_ = syscall.Kill(-j.process.Pid, number)
+		_ = syscall.Kill(-j.Process.Pid, number)
 	}
 }
 
 // cancel ends the process of a stream that is over; the rest happens behind the port's back.
 func (j *job) cancel() {
 	j.signalGroup(syscall.SIGHUP)
-	if j.master != nil {
-		j.master.Close() // the kernel hangs the terminal up
-	} else if j.input != nil {
+	if j.Master != nil {
+		j.Master.Close() // the kernel hangs the terminal up
+	} else if j.Input != nil {
 		j.stdinQueue().stop()
 	}
 	go func() {
 		time.Sleep(hangUpGrace)
-		KillSession(j.process.Pid)
+		KillSession(j.Process.Pid)
 	}()
 	close(j.cancelled)
 }
@@ -375,18 +437,25 @@ func (j *job) cancel() {
 // KillSession sends SIGKILL to every process of a session, a few times over: one may fork meanwhile.
 func KillSession(sid int) {
 	for try := 0; try < 5; try++ {
-		found := false
-		for _, pid := range Pids() {
-			if session(pid) == sid {
-				found = true
-				_ = syscall.Kill(pid, syscall.SIGKILL)
-			}
-		}
-		if !found {
+		pids := SessionPids(sid)
+		if len(pids) == 0 {
 			return
+		}
+		for _, pid := range pids {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+// SessionPids lists the living processes of a session.
+func SessionPids(sid int) (pids []int) {
+	for _, pid := range Pids() {
+		if session(pid) == sid {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // Pids lists all processes.
@@ -430,25 +499,19 @@ func session(pid int) int {
 func (j *job) frame(f stream.Frame) error {
 	switch f.Type {
 	case stream.Stdin:
-		if j.input == nil {
+		if j.Input == nil {
 			return nil
 		}
 		return j.stdinQueue().push(f.Payload)
 	case stream.StdinEOF:
-		if j.input != nil {
+		if j.Input != nil {
 			j.stdinQueue().end()
 		}
 	case stream.Resize:
-		var size struct{ Rows, Cols uint16 }
-		if stream.Decode(f.Payload, &size) == nil && j.master != nil {
-			if raw, err := j.master.SyscallConn(); err == nil {
-				_ = raw.Control(func(fd uintptr) { _ = setWindow(int(fd), size.Rows, size.Cols) })
-			}
-		}
+		j.Resize(f.Payload)
 	case stream.Signal:
-		var signal struct{ Number int }
-		if stream.Decode(f.Payload, &signal) == nil && signal.Number >= 1 && signal.Number <= 64 {
-			j.signalGroup(syscall.Signal(signal.Number))
+		if number := SignalNumber(f.Payload); number != 0 {
+			j.signalGroup(number)
 		}
 	}
 	return nil
@@ -515,8 +578,8 @@ func (q *stdinQueue) stop() {
 func (q *stdinQueue) start(j *job) {
 	go func() {
 		defer func() {
-			if j.input != j.master {
-				j.input.Close()
+			if j.Input != j.Master {
+				j.Input.Close()
 			}
 		}()
 		spare := []byte(nil)
@@ -534,8 +597,8 @@ func (q *stdinQueue) start(j *job) {
 					if !ended {
 						break
 					}
-					if j.input == j.master {
-						_, _ = j.master.Write([]byte{4}) // VEOF
+					if j.Input == j.Master {
+						_, _ = j.Master.Write([]byte{4}) // VEOF
 					}
 					return
 				}
@@ -546,7 +609,7 @@ func (q *stdinQueue) start(j *job) {
 					}
 					if !q.broken {
 						// A reader that is gone takes nothing, yet the host must not get stuck.
-						if _, err := j.input.Write(data[start:stop]); err != nil {
+						if _, err := j.Input.Write(data[start:stop]); err != nil {
 							q.broken = true
 						}
 					}
@@ -565,7 +628,7 @@ func (q *stdinQueue) start(j *job) {
 	}()
 }
 
-func (j *job) detach(account *Account, env []string, cwd string) error {
+func (j *job) detach(place *place) error {
 	directory := LogDirectory
 	if err := os.MkdirAll(directory, 0o755); err != nil {
 		directory = "/run/banger" // a file system that is read-only, or odd
@@ -590,7 +653,7 @@ func (j *job) detach(account *Account, env []string, cwd string) error {
 		reader.Close()
 		return err
 	}
-	j.process, err = spawn(j.request, account, env, cwd, [3]uintptr{uintptr(null), uintptr(writer), uintptr(writer)})
+	process, err := spawn(j.request, place, [3]uintptr{uintptr(null), uintptr(writer), uintptr(writer)})
 	if err != nil {
 		reader.Close()
 		log.Close()
@@ -608,13 +671,13 @@ func (j *job) detach(account *Account, env []string, cwd string) error {
 			_, _ = io.Copy(io.Discard, reader)
 		}
 	}()
-	pid := j.process.Pid
+	pid := process.Pid
 	go func() {
 		if j.request.TimeoutS > 0 {
 			timer := time.AfterFunc(time.Duration(j.request.TimeoutS*float64(time.Second)), func() { KillSession(pid) })
 			defer timer.Stop()
 		}
-		_, _ = j.process.Wait()
+		_, _ = process.Wait()
 	}()
 	if err := j.s.SendJSON(stream.Started, map[string]interface{}{"pid": pid, "id": id, "log": path}); err != nil {
 		return err

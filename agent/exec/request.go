@@ -28,6 +28,8 @@ type Request struct {
 	Stdin    bool
 	Detach   bool
 	TimeoutS float64
+	// Within moves the agent to where the child has to begin (a cgroup), for the time of its fork.
+	Within func() (leave func())
 }
 
 type wireRequest struct {
@@ -53,18 +55,18 @@ func ParseRequest(raw []byte) (*Request, error) {
 	}
 	request := &Request{Env: map[string]string{}, User: wire.User, TTY: wire.TTY, Detach: wire.Detach}
 	for _, item := range wire.Argv {
-		value, err := fromBase64(item)
+		value, err := FromBase64(item)
 		if err != nil {
 			return nil, err
 		}
 		request.Argv = append(request.Argv, value)
 	}
 	for key, item := range wire.Env {
-		name, err := fromBase64(key)
+		name, err := FromBase64(key)
 		if err != nil {
 			return nil, err
 		}
-		value, err := fromBase64(item)
+		value, err := FromBase64(item)
 		if err != nil {
 			return nil, err
 		}
@@ -74,7 +76,7 @@ func ParseRequest(raw []byte) (*Request, error) {
 		request.Env[name] = value
 	}
 	if wire.Cwd != nil {
-		cwd, err := fromBase64(*wire.Cwd)
+		cwd, err := FromBase64(*wire.Cwd)
 		if err != nil {
 			return nil, err
 		}
@@ -106,7 +108,8 @@ func ParseRequest(raw []byte) (*Request, error) {
 	return request, nil
 }
 
-func fromBase64(text string) (string, error) {
+// FromBase64 returns the bytes of a member that need not be UTF-8.
+func FromBase64(text string) (string, error) {
 	value, err := base64.StdEncoding.DecodeString(text)
 	if err != nil {
 		return "", stream.Failed("bad_request", "bad base64: %v", err)

@@ -82,10 +82,11 @@ type notStarted struct {
 func (e *notStarted) Error() string { return e.message }
 
 // spawn starts the program as execvp would find it, in a session of its own.
-func spawn(request *Request, account *Account, env []string, cwd string, files [3]uintptr) (*os.Process, error) {
+func spawn(request *Request, place *place, files [3]uintptr) (*os.Process, error) {
+	account := place.account
 	attributes := &os.ProcAttr{
-		Dir: cwd,
-		Env: env,
+		Dir: place.cwd,
+		Env: place.env,
 		Sys: &syscall.SysProcAttr{Setsid: true, Setctty: request.TTY != nil, Ctty: 0},
 	}
 	for i, fd := range files {
@@ -101,8 +102,8 @@ func spawn(request *Request, account *Account, env []string, cwd string, files [
 	}
 	name := request.Argv[0]
 	failure := &notStarted{127, name + ": not found"}
-	for _, path := range candidates(name, env) {
-		process, err := startOnce(path, request.Argv, attributes)
+	for _, path := range candidates(name, place.env) {
+		process, err := startOnce(path, request.Argv, attributes, request.Within)
 		if err == nil {
 			return process, nil
 		}
@@ -132,7 +133,7 @@ func Run(argv, environment []string, output *os.File, limit time.Duration) error
 	defer null.Close()
 	process, err := startOnce(argv[0], argv, &os.ProcAttr{
 		Dir: "/", Env: environment, Files: []*os.File{null, output, output}, Sys: &syscall.SysProcAttr{Setsid: true},
-	})
+	}, nil)
 	if err != nil {
 		return err
 	}
@@ -145,9 +146,19 @@ func Run(argv, environment []string, output *os.File, limit time.Duration) error
 	return err
 }
 
-func startOnce(path string, argv []string, attributes *os.ProcAttr) (*os.Process, error) {
+// WithoutSpawn runs something while no process is being started, so that none is half in a cgroup.
+func WithoutSpawn(run func()) {
 	spawnMutex.Lock()
 	defer spawnMutex.Unlock()
+	run()
+}
+
+func startOnce(path string, argv []string, attributes *os.ProcAttr, within func() (leave func())) (*os.Process, error) {
+	spawnMutex.Lock()
+	defer spawnMutex.Unlock()
+	if within != nil {
+		defer within()()
+	}
 	if OOMAdjust {
 		// The child copies the score at fork; set after it, a grandchild could keep ours.
 		SetOOMScore("0")

@@ -49,6 +49,8 @@ const (
 	Data        = 0x40
 	DataEOF     = 0x41
 	ForwardOK   = 0x42
+	Missed      = 0x50
+	Restarted   = 0x51
 )
 
 // fromHost is the set of types that the agent takes.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,7 +23,11 @@ var (
 	// DryRun keeps a test's shutdown from ending the host; DryRunEnd, if any, stands in for it.
 	DryRun    bool
 	DryRunEnd func()
+	ending    int32
 )
+
+// Ending tells whether the machine has been asked to end: what ends from here on does so because of that.
+func Ending() bool { return atomic.LoadInt32(&ending) != 0 }
 
 // Uptime returns seconds since boot.
 func Uptime() float64 {
@@ -145,6 +150,7 @@ func Shutdown(s *stream.Stream, raw []byte) error {
 	if err := s.Finish(nil); err != nil {
 		return err
 	}
+	atomic.StoreInt32(&ending, 1)
 	go func() {
 		// The answer, and the BYE after it, go out first; neither is waited for.
 		time.Sleep(20 * time.Millisecond)

@@ -563,3 +563,9 @@ def test_pump_in_a_terminal(agent_directory: str) -> None:
 
 def test_base64_helper_is_standard() -> None:
     assert agent.b64(b"\xff\xfe\xfd") == base64.b64encode(b"\xff\xfe\xfd").decode()
+
+
+def test_the_agent_is_one_small_static_file(agent_binary: str) -> None:
+    binary = Path(agent_binary).read_bytes()
+    assert len(binary) <= 4_000_000  # DESIGN.md, section 2
+    assert b"/lib64/ld-linux" not in binary

@@ -202,6 +202,30 @@ def test_an_exec_does_not_notice_that_the_daemon_is_killed_and_all_is_adopted(pa
     assert f" {_vm(pair, 'one')['address']} " in f" {pair.ok('getent ahostsv4 one.vm')} "
 
 
+def test_a_session_lives_on_over_vsock_and_its_whole_tree_ends(pair: Lab) -> None:
+    script = "echo up; (setsid setsid sleep 4321 &); while read line; do echo got $line; done"
+    pair.ok(f"banger vm session start one --name it -- sh -c {shlex.quote(script)}")
+    pair.ok("kill -9 $(banger daemon status --json | jq .pid); banger vm session send one it hello")
+    _wait_for(pair, "banger vm session logs one it | grep -q 'got hello'")
+    shown = pair.json("vm", "session", "show", "one", "it")
+    assert shown["state"] == "running"
+    # Any program may use the socket: a line, and the bytes of stdout come.
+    ask = '{"read_only": true, "from": "start", "raw": true}'
+    client = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+        "s.sendall(sys.argv[2].encode() + b'\\n'); f = s.makefile('rb');"
+        "print(f.readline()[:11], f.readline(), f.readline())"
+    )
+    words = " ".join(shlex.quote(word) for word in ("python3", "-c", client, shown["socket"], ask))
+    assert pair.ok(words) == "b'{\"ok\": true' b'up\\n' b'got hello\\n'"
+    pair.ok("banger vm session stop one it")
+    commands = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"
+    left = pair.ok(f"banger vm exec one -- sh -c {shlex.quote(commands)}")
+    assert "sleep 4321" not in left
+    assert pair.json("vm", "session", "show", "one", "it")["reason"] == "stopped"
+    pair.ok("banger vm session rm one it")
+
+
 def test_stop_start_and_restart_keep_disk_and_address(pair: Lab) -> None:
     address = _vm(pair, "one")["address"]
     pair.ok("banger vm exec one -- sh -c 'echo kept >/root/kept; sync'")

@@ -233,7 +233,7 @@ def test_sockets_and_pipes_are_left_out(repo: Path, tmp_path: Path) -> None:
 
 
 def test_subdirectory_stands_for_its_repository(repo: Path) -> None:
-    assert open_workspace(str(repo / "sub")) == (str(repo), "repo", True)
+    assert open_workspace(str(repo / "sub")) == (str(repo), "repo", True, None)
     assert open_workspace(str(repo)).guest_directory == "/root/repo"
 
 

@@ -1,6 +1,7 @@
-"""The byte pump of an attached exec: terminal, pipes and signals on one side, frames on the other.
+"""The byte pump of who is attached: terminal, pipes and signals on one side, frames on the other.
 
-Owns raw mode, window size, signal forwarding and back-pressure. No event loop: one poll.
+Owns raw mode, window size, signals and back-pressure, and how an exec uses them; a session's way is
+`cli.session_attach`. No event loop: one poll.
 """
 
 from __future__ import annotations
@@ -50,15 +51,17 @@ def run_exec(
         request = request._replace(stdin="null")
     with open_stream(endpoint, timeout_s=OPEN_TIMEOUT_S) as stream:
         stream.send_request("exec", exec_fields(request))
-        pump = _Pump(
+        pump = _ExecPump(
             stream,
-            request,
+            tty=request.tty is not None,
             stdin_fd=stdin_fd,
             outputs=(stdout_fd, stderr_fd),
-            on_started=on_started,
         )
-        with _Terminal(stdin_fd if request.tty is not None else None), _Signals(pump):
-            return pump.run()
+        pump.on_started = on_started
+        status = pump.run_on_terminal()
+    if status is None:
+        raise frames.ProtocolError("the agent ended an exec without EXIT")
+    return status
 
 
 class _Output:
@@ -83,56 +86,89 @@ class _Output:
         del self.pending[:written]
 
 
-class _Pump:
+class Pump:
+    """Joins a stream with our descriptors until its end.
+
+    What differs between what may be attached to is in the methods of a subclass: other frames, the
+    end of our input, what is typed, and signals.
+    """
+
     def __init__(
         self,
         stream: Stream,
-        request: ExecRequest,
         *,
+        tty: bool,
         stdin_fd: int | None,
         outputs: tuple[int, int],
-        on_started: Callable[[], object] | None,
+        credit: int = frames.STDIN_WINDOW,
     ) -> None:
         self.stream = stream
-        self.tty = request.tty is not None
+        self.tty = tty
         self.stdin_fd = stdin_fd
         self.outputs = {
             frames.STDOUT: _Output(outputs[0]),
             frames.STDERR: _Output(outputs[1]),
         }
-        self.on_started = on_started
-        self.credit = frames.STDIN_WINDOW
+        self.credit = credit
         self.sending = bytearray()
         self.status: ExitStatus | None = None
         self.over = False
+        self.left = False
+        self.kept = 0  # bytes of our input that `filter_input` holds back
         self.wake_fd = -1
         self.received: list[int] = []
-        self.interrupts = 0
 
-    def run(self) -> ExitStatus:
+    def take_other(self, kind: int, payload: bytes) -> None:
+        """Take a frame that is neither output nor credit nor an end."""
+        raise NotImplementedError
+
+    def take_end(self, payload: bytes) -> None:
+        """Take what is said at the end."""
+
+    def take_signal(self, number: int) -> None:
+        """Do what one of our signals is to do; `leave` ends the pump."""
+        raise NotImplementedError
+
+    def filter_input(self, data: bytes) -> bytes:
+        """Return what of our input goes to the process."""
+        return data
+
+    def end_input(self) -> None:
+        """Do what the end of our input is to do."""
+
+    def leave(self, status: ExitStatus | None) -> None:
+        """Stop here, whatever the process does."""
+        self.left = True
+        self.status = status
+
+    def run_on_terminal(self) -> ExitStatus | None:
+        """Run with our terminal raw, where the process has one, and our signals taken."""
+        with _Terminal(self.stdin_fd if self.tty else None), _Signals(self):
+            return self.run()
+
+    def run(self) -> ExitStatus | None:
+        """Return how the process ended, None when it is not said."""
         # select, not epoll: epoll refuses regular files. poll has no limit on descriptors.
         while True:
-            self.take_frames()
-            self.forward_signals()
-            if self.interrupts >= _PATIENCE_INTERRUPTS:
-                return ExitStatus(None, int(signal.SIGINT))
+            self._take_frames()
+            self._take_signals()
+            if self.left:
+                break
             if self.over and not any(output.pending for output in self.outputs.values()):
                 break
             try:
-                self.step()
+                self._step()
             except OSError as error:
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
                     return ExitStatus(None, int(signal.SIGPIPE))
                 raise
-        if self.status is None:
-            raise frames.ProtocolError("the agent ended an exec without EXIT")
         return self.status
 
-    def full(self) -> bool:
+    def _full(self) -> bool:
         return any(len(output.pending) > _QUEUE_LIMIT_BYTES for output in self.outputs.values())
 
-    def take_frames(self) -> None:
-        while not self.full() and not self.over:
+    def _take_frames(self) -> None:
+        while not self._full() and not self.over:
             frame = self.stream.buffered_frame()
             if frame is None:
                 return
@@ -146,15 +182,13 @@ class _Pump:
                 self.stdin_fd = None
             elif kind == frames.END:
                 self.over = True
+                self.take_end(payload)
             elif kind == frames.ERROR:
                 raise agent_error(payload)
-            elif kind == frames.STARTED:
-                if self.on_started is not None:
-                    self.on_started()
             else:
-                raise frames.ProtocolError(f"the agent sent frame 0x{kind:02x} in an exec")
+                self.take_other(kind, payload)
 
-    def step(self) -> None:
+    def _step(self) -> None:
         poll = select.poll()
         events: dict[int, int] = {}
 
@@ -162,11 +196,11 @@ class _Pump:
             events[fd] = events.get(fd, 0) | event
 
         stream_fd = self.stream.fileno()
-        if not self.over and not self.full():
+        if not self.over and not self._full():
             watch(stream_fd, select.POLLIN)
         if self.sending and not self.over:
             watch(stream_fd, select.POLLOUT)
-        reading = self.stdin_fd is not None and self.credit > 0 and not self.sending
+        reading = self.stdin_fd is not None and self.credit > self.kept and not self.sending
         if reading and self.stdin_fd is not None:
             watch(self.stdin_fd, select.POLLIN)
         for output in self.outputs.values():
@@ -186,41 +220,67 @@ class _Pump:
             if self.sending:
                 sent = self.stream.send_some(memoryview(self.sending))
                 del self.sending[:sent]
-            if not self.over and not self.full():
+            if not self.over and not self._full():
                 self.stream.receive_ready()
         if reading and self.stdin_fd in ready:
-            self.read_stdin()
+            self._read_stdin()
 
-    def read_stdin(self) -> None:
+    def _read_stdin(self) -> None:
         if self.stdin_fd is None:
             return
         try:
-            data = os.read(self.stdin_fd, min(self.credit, frames.MAX_PAYLOAD))
+            data = os.read(self.stdin_fd, min(self.credit, frames.MAX_PAYLOAD) - self.kept)
         except BlockingIOError:
             return
         except OSError as error:
             if error.errno != errno.EIO:  # a terminal that has gone, or is not ours to read
                 raise
             data = b""
-        if data:
+        if not data:
+            self.stdin_fd = None
+            self.end_input()
+        elif data := self.filter_input(data):
             self.credit -= len(data)
             self.sending += frames.encode(frames.STDIN, data)
-        else:
-            self.stdin_fd = None
-            self.sending += frames.encode(frames.STDIN_EOF)
 
-    def forward_signals(self) -> None:
+    def _take_signals(self) -> None:
         while self.received:
             number = self.received.pop(0)
             if number == signal.SIGWINCH:
-                size = terminal_size(self.outputs[frames.STDOUT].fd)
-                if self.tty and size is not None:
-                    body = {"rows": size[0], "cols": size[1]}
-                    self.sending += frames.encode_json(frames.RESIZE, body)
-                continue
-            if number == signal.SIGINT:
-                self.interrupts += 1
-            self.sending += frames.encode_json(frames.SIGNAL, {"number": number})
+                self.send_size()
+            else:
+                self.take_signal(number)
+
+    def send_size(self) -> None:
+        """Tell the process the size of our terminal, where both have one."""
+        size = terminal_size(self.outputs[frames.STDOUT].fd)
+        if self.tty and size is not None and all(size):
+            body = {"rows": size[0], "cols": size[1]}
+            self.sending += frames.encode_json(frames.RESIZE, body)
+
+
+class _ExecPump(Pump):
+    """An exec: its end of input and its signals are ours."""
+
+    on_started: Callable[[], object] | None = None
+    interrupts = 0
+
+    def take_other(self, kind: int, payload: bytes) -> None:
+        del payload
+        if kind != frames.STARTED:
+            raise frames.ProtocolError(f"the agent sent frame 0x{kind:02x} in an exec")
+        if self.on_started is not None:
+            self.on_started()
+
+    def end_input(self) -> None:
+        self.sending += frames.encode(frames.STDIN_EOF)
+
+    def take_signal(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self.interrupts += 1
+        if self.interrupts >= _PATIENCE_INTERRUPTS:
+            self.leave(ExitStatus(None, int(signal.SIGINT)))
+        self.sending += frames.encode_json(frames.SIGNAL, {"number": number})
 
 
 def terminal_size(fd: int) -> tuple[int, int] | None:
@@ -260,7 +320,7 @@ class _Terminal:
 class _Signals:
     """Hands signals to the pump for as long as the context."""
 
-    def __init__(self, pump: _Pump) -> None:
+    def __init__(self, pump: Pump) -> None:
         self.pump = pump
         self.saved: dict[int, object] = {}
         self.fds: tuple[int, int] | None = None

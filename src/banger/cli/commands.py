@@ -54,8 +54,11 @@ NOUNS: dict[str, Noun] = {
             "forward": Verb("vm_forward", "Let a VM's ports answer on this host's loopback"),
             "logs": Verb("logs", "Show a VM's console, or its VMM's log"),
             "exec": Verb("vm_exec", "Run a command in a running VM"),
+            "session": Verb("vm_session", "Start and join processes that live on in a VM"),
             "ssh": Verb("vm_ssh", "Enter a running VM through ssh"),
-            "workspace": Verb("vm_workspace", "Show and bring home what changed in a VM's copy"),
+            "workspace": Verb(
+                "vm_workspace", "Keep a VM's copy of a repository up to date; bring changes home"
+            ),
             "acp": Verb("vm_acp", "Speak the Agent Client Protocol with an agent inside a VM"),
             "cp": Verb("vm_cp", "Copy files between the host and a VM"),
         },

@@ -7,12 +7,17 @@ Names of VMs, images and kernels are asked from a daemon that runs; none is star
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from typing import TYPE_CHECKING
 
 from banger.cli.commands import NOUNS, SHORTCUTS
 from banger.cli.context import Context
 from banger.cli.parsing import Parser, make_parser
 from banger.errors import BangerError, InvalidInput
+
+if TYPE_CHECKING:
+    from banger.client.api import Client
 
 _NAMES_TIMEOUT_S = 2.0  # nobody waits longer for a Tab
 
@@ -111,6 +116,8 @@ def candidates(before: list[str], typed: str) -> list[str]:
 def _of_verb(noun: str, verb: str, rest: list[str], typed: str) -> list[str]:
     from banger.cli.main import load
 
+    if (noun, verb) == ("vm", "session"):
+        return _of_session(rest, typed)
     parser = make_parser(noun, verb, load(noun, verb).VERBS[verb or noun][0])
     options = parser.value_options()
     if rest and options.get(rest[-1], False):
@@ -139,6 +146,45 @@ def _of_verb(noun: str, verb: str, rest: list[str], typed: str) -> list[str]:
     return []
 
 
+def _of_session(rest: list[str], typed: str) -> list[str]:
+    from banger.cli.vm_session import ACTIONS, action_parser, find_action
+
+    if not rest:
+        return _matching(list(ACTIONS), typed)
+    action = find_action(rest[0])
+    if action is None:
+        return []
+    parser = action_parser(action)
+    options = parser.value_options()
+    if options.get(rest[-1], False):
+        return _matching(_values(rest[-1]), typed)
+    if typed.startswith("-"):
+        return _matching(_shown_options(parser), typed)
+    words = [
+        word
+        for before, word in itertools.pairwise(rest)
+        if not word.startswith("-") and not options.get(before, False)
+    ]
+    if not words:
+        return _matching(_names("vm"), typed)
+    several = action in {"stop", "kill", "rm"}
+    if action in {"start", "list"} or (len(words) > 1 and not several):
+        return []
+    return _matching([name for name in _sessions(words[0]) if name not in words[1:]], typed)
+
+
+def _sessions(vm: str) -> list[str]:
+    from banger.cli.context import endpoint_of
+    from banger.guest import sessions
+
+    try:
+        endpoint = endpoint_of(_asking().connect_vm(vm))
+        found = sessions.list_all(endpoint, timeout_s=_NAMES_TIMEOUT_S)
+    except (BangerError, OSError):
+        return []
+    return [session.name for session in found]
+
+
 def _shown_options(parser: Parser) -> list[str]:
     return [
         text
@@ -150,18 +196,31 @@ def _shown_options(parser: Parser) -> list[str]:
 
 
 def _values(option: str) -> list[str]:
-    fixed = {"--vmm": ["auto", "qemu", "firecracker"], "--network": ["user", "bridge", "none"]}
+    fixed = {
+        "--vmm": ["auto", "qemu", "firecracker"],
+        "--network": ["user", "bridge", "none"],
+        "--stdin-mode": ["pipe", "pty", "null"],
+        "--restart": ["no", "on-failure"],
+        "--stream": ["stdout", "stderr"],
+        "--from": ["start", "end"],
+        "--for": ["end", "ready"],
+    }
     if option in fixed:
         return fixed[option]
     return _names(option[2:]) if option in ("--image", "--kernel") else []
 
 
-def _names(noun: str) -> list[str]:
+def _asking() -> Client:
+    """Return a client of a daemon that runs: none is started for a Tab."""
     from banger.client.api import Client
     from banger.client.autostart import Daemon
 
+    return Client(Daemon(Context().paths, start=False, timeout_s=_NAMES_TIMEOUT_S))
+
+
+def _names(noun: str) -> list[str]:
     try:
-        client = Client(Daemon(Context().paths, start=False, timeout_s=_NAMES_TIMEOUT_S))
+        client = _asking()
         if noun == "vm":
             return [vm["name"] for vm in client.list_vms()]
         if noun == "image":

@@ -211,6 +211,15 @@ def add_surroundings(group: argparse._ActionsContainer) -> None:
     group.add_argument("-u", "--user", metavar="USER", help="run it as this user (default: root)")
 
 
+def add_forward_agent(parser: argparse._ActionsContainer) -> None:
+    """Add --forward-agent."""
+    parser.add_argument(
+        "--forward-agent",
+        action="store_true",
+        help="let programs in the guest use the keys of your ssh-agent for as long as this runs",
+    )
+
+
 def add_execution(parser: argparse.ArgumentParser) -> None:
     """Add how a command runs in the guest."""
     group = parser.add_argument_group("the command")

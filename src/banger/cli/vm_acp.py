@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from banger.cli.context import Context
-from banger.cli.parsing import Parser, add_json, add_quiet, add_surroundings
+from banger.cli.parsing import Parser, add_forward_agent, add_json, add_quiet, add_surroundings
 from banger.cli.progress import Progress, follow
 from banger.errors import InvalidInput, NotFound, UsageError, nearest
 
@@ -44,6 +44,7 @@ def build_acp(parser: Parser) -> None:
     )
     parser.add_argument("--image", metavar="IMAGE", help="--run: the image of a new VM")
     add_surroundings(parser)
+    add_forward_agent(parser)
     add_quiet(parser)
     add_json(parser, "write the result as a line of JSON to stderr")
     parser.examples(
@@ -55,7 +56,7 @@ def build_acp(parser: Parser) -> None:
 
 def run_acp(context: Context, args: argparse.Namespace) -> int:
     """Start the agent and be its stdin and stdout."""
-    from banger.cli.vm_exec import execute, parse_environment
+    from banger.cli.vm_exec import check_forwarding, execute, parse_environment, ssh_agent_for
     from banger.guest.agent import ExecRequest
 
     argv = args.command if args.command is not None else _preset(context, args.agent)
@@ -64,6 +65,7 @@ def run_acp(context: Context, args: argparse.Namespace) -> int:
     if args.image and args.run is None:
         raise UsageError("--image is for --run, which makes the VM")
     environment = parse_environment(args.env)
+    check_forwarding(args)
     workspace = None
     if args.run is not None:
         from banger.services.workspaces import open_workspace
@@ -78,7 +80,8 @@ def run_acp(context: Context, args: argparse.Namespace) -> int:
         cwd=None if directory is None else os.fsencode(directory),
         user=args.user or "root",
     )
-    return execute(connection, request, json=context.json)
+    with ssh_agent_for(connection, request, wanted=args.forward_agent) as request:
+        return execute(connection, request, json=context.json)
 
 
 def _preset(context: Context, name: str | None) -> list[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from banger.cli import output
 from banger.cli.context import Context, endpoint_of
-from banger.cli.parsing import Parser, add_execution, add_json, add_quiet
+from banger.cli.parsing import Parser, add_execution, add_forward_agent, add_json, add_quiet
 from banger.cli.progress import Progress
 from banger.errors import InvalidInput, TimedOut, UsageError
 
@@ -35,6 +37,7 @@ def build_exec(parser: Parser) -> None:
     parser.command_after = 1
     parser.add_argument("name", metavar="NAME")
     add_execution(parser)
+    add_forward_agent(parser)
     add_quiet(parser)
     add_json(parser, "write the result as a line of JSON to stderr")
     parser.examples(
@@ -42,6 +45,7 @@ def build_exec(parser: Parser) -> None:
         ("banger vm exec -it box -- bash", "a shell without ssh"),
         ("tar c . | banger vm exec box -- tar x -C /srv", "stdin goes along"),
         ("banger vm exec -d box -- ./serve", "start it and return"),
+        ("banger vm exec --forward-agent box -- git push", "with the keys of your ssh-agent"),
     )
 
 
@@ -53,11 +57,50 @@ def run_exec(context: Context, args: argparse.Namespace) -> int:
         raise UsageError("no command given", hint=f"banger vm exec {args.name} -- COMMAND")
     # Before the daemon is asked: a bad value is told at once.
     request = make_request(args, args.command)
+    check_forwarding(args)
     connection = connect_running(context, args.name)
     if args.wait:
         with Progress(quiet=args.quiet) as progress:
             wait_for_services(connection, progress)
-    return execute(connection, request, json=context.json)
+    with ssh_agent_for(connection, request, wanted=args.forward_agent) as request:
+        return execute(connection, request, json=context.json)
+
+
+def check_forwarding(args: argparse.Namespace) -> None:
+    """Tell at once, before a VM is made or asked, when --forward-agent cannot be had."""
+    if not args.forward_agent:
+        return
+    if getattr(args, "detach", False):
+        raise InvalidInput(
+            "--forward-agent lasts as long as this command, and -d ends it at once",
+            hint="leave one of them out",
+        )
+    from banger.guest import ssh_agent
+
+    if ssh_agent.count_keys(ssh_agent.find_agent()):
+        return
+    text = "your ssh-agent holds no key yet: `ssh-add` gives it one"
+    if getattr(args, "json", False):
+        output.write_json_line({"type": "warning", "message": text}, sys.stderr)
+    else:
+        output.warn(text)
+
+
+@contextlib.contextmanager
+def ssh_agent_for(
+    connection: VmConnection, request: ExecRequest, *, wanted: bool
+) -> Iterator[ExecRequest]:
+    """Forward our user's ssh-agent for as long as the context; yield the request that uses it."""
+    if not wanted:
+        yield request
+        return
+    from banger.guest.ssh_agent import ForwardedAgent, find_agent
+
+    forwarded = ForwardedAgent(endpoint_of(connection), user=request.user, agent_path=find_agent())
+    with forwarded:
+        yield request._replace(env={**request.env, b"SSH_AUTH_SOCK": forwarded.guest_path})
+    if forwarded.error is not None:
+        output.warn(f"the ssh-agent was not forwarded to the end: {forwarded.error.message}")
 
 
 def wait_for_services(connection: VmConnection, progress: Progress) -> None:

@@ -16,6 +16,7 @@ from banger.cli.parsing import (
     Parser,
     add_creation,
     add_execution,
+    add_forward_agent,
     add_json,
     add_quiet,
 )
@@ -82,6 +83,7 @@ def build_run(parser: Parser) -> None:
         "has a .mise.toml, mise.toml or .tool-versions",
     )
     add_execution(parser)
+    add_forward_agent(parser)
     add_quiet(parser)
     add_json(
         parser,
@@ -102,7 +104,10 @@ def build_run(parser: Parser) -> None:
 
 def run_run(context: Context, args: argparse.Namespace) -> int:
     """Make a VM, fill it, and run what was asked for."""
+    from banger.cli.vm_exec import check_forwarding
+
     _check_combination(args)
+    check_forwarding(args)
     if _may_enter_again(args):
         vm = _existing(context, args.name)
         if vm is not None:
@@ -168,6 +173,11 @@ def _check_combination(args: argparse.Namespace) -> None:
         if given or args.env:
             option = f"--{given[0]}" if given else "--env"
             raise UsageError(f"{option} is for a command", hint="banger vm run ... -- COMMAND")
+        if args.forward_agent and args.json:
+            raise UsageError(
+                "--forward-agent is for a shell or a command, and --json alone runs neither",
+                hint="banger vm run ... -- COMMAND",
+            )
 
 
 # -- entering again
@@ -344,27 +354,34 @@ def copy_in(
 ) -> None:
     """Copy a repository into a running VM, and check out `branch` there, begun at `ref`."""
     from banger.guest import agent
-    from banger.services import workspaces
+    from banger.services.workspace_sync import iter_copy
 
-    endpoint = endpoint_of(connection)
     if branch:
-        _need_git(connection)
+        need_git(connection)
     progress.stage(f"copy {workspace.name} to {workspace.guest_directory}")
     agent.put_tar(
-        endpoint,
-        os.fsencode(workspaces.GUEST_HOME),
-        workspaces.iter_tar(workspace, warn=progress.warning),
+        endpoint_of(connection),
+        os.fsencode(workspace.guest_directory),
+        iter_copy(workspace, warn=progress.warning),
         progress=progress.progress,
     )
     if branch:
-        argv = workspaces.branch_argv(workspace, branch, ref)
-        status, _, stderr = agent.capture_exec(endpoint, argv, timeout_s=600)
-        if status.exit_code != 0:
-            lines = stderr.decode(errors="replace").strip().splitlines()
-            raise InvalidInput(
-                f"--branch {branch}: git says: {lines[-1] if lines else 'nothing'}",
-                hint="commit or stash what conflicts, or leave --from out",
-            )
+        check_out(connection, workspace, branch, ref)
+
+
+def check_out(connection: VmConnection, workspace: Workspace, branch: str, ref: str | None) -> None:
+    """Check out `branch` in the copy; where neither side has it, begin it at `ref`."""
+    from banger.guest import agent
+    from banger.services import workspaces
+
+    argv = workspaces.branch_argv(workspace, branch, ref)
+    status, _, stderr = agent.capture_exec(endpoint_of(connection), argv, timeout_s=600)
+    if status.exit_code != 0:
+        lines = stderr.decode(errors="replace").strip().splitlines()
+        raise InvalidInput(
+            f"--branch {branch}: git says: {lines[-1] if lines else 'nothing'}",
+            hint="commit or stash what conflicts, or leave --from out",
+        )
 
 
 def begin_tooling(connection: VmConnection, workspace: Workspace, progress: Progress) -> None:
@@ -385,7 +402,8 @@ def begin_tooling(connection: VmConnection, workspace: Workspace, progress: Prog
         progress.notice(f"mise installs its tools in the background: {log}")
 
 
-def _need_git(connection: VmConnection) -> None:
+def need_git(connection: VmConnection) -> None:
+    """Raise Unavailable for a guest that cannot check out a branch."""
     from banger.guest import agent
 
     status, _, _ = agent.capture_exec(endpoint_of(connection), [b"git", b"--version"], timeout_s=60)
@@ -410,12 +428,13 @@ def _finish(
 ) -> int:
     name = connection["vm"]["name"]
     if execution is not None:
-        from banger.cli.vm_exec import execute, wait_for_services
+        from banger.cli.vm_exec import execute, ssh_agent_for, wait_for_services
 
         if args.wait:
             wait_for_services(connection, progress)
         progress.close()
-        code = execute(connection, execution, json=args.json)
+        with ssh_agent_for(connection, execution, wanted=args.forward_agent) as request:
+            code = execute(connection, request, json=args.json)
         if args.detach:
             if not args.json:
                 output.write_line(name)
@@ -448,11 +467,13 @@ def _shell(
     way = find_way(context, connection, progress)
     progress.close()
     if way.ssh is None:
-        code = open_shell(connection, way, directory=directory)
+        code = open_shell(connection, way, directory=directory, forward_agent=args.forward_agent)
     else:
         argv = way.ssh
         # Outright: ssh would complain about a missing terminal, and needs telling with a command.
         argv.insert(1, "-t" if output.is_terminal(sys.stdin) else "-T")
+        if args.forward_agent:
+            argv.insert(1, "-A")
         if directory is not None:
             import shlex
 

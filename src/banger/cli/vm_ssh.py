@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from banger.cli import output
 from banger.cli.context import Context, endpoint_of
-from banger.cli.parsing import Parser, add_quiet
+from banger.cli.parsing import Parser, add_forward_agent, add_quiet
 from banger.cli.progress import Progress
 from banger.errors import Conflict, NotFound, Unavailable
 
@@ -50,10 +50,12 @@ def build_ssh(parser: Parser) -> None:
     parser.add_argument("-L", dest="local", action="append", default=[], metavar="FORWARD",
                         help="forward a local port, as ssh -L (repeat)")  # fmt: skip
     parser.add_argument("-t", "--tty", action="store_true", help="a terminal for the command too")
+    add_forward_agent(parser)
     add_quiet(parser)
     parser.examples(
         ("banger vm ssh box", "a shell"),
         ("banger vm ssh box -- 'cd /srv && ls'", "one command line"),
+        ("banger vm ssh --forward-agent box", "a shell that has the keys of your ssh-agent"),
         ("banger vm ssh box -L 8080:localhost:80", "the guest's port 80 on 127.0.0.1:8080"),
     )
 
@@ -70,6 +72,10 @@ class Way(NamedTuple):
 
 def run_ssh(context: Context, args: argparse.Namespace) -> int:
     """Become ssh, or enter through the agent."""
+    if args.forward_agent:
+        from banger.cli.vm_exec import check_forwarding
+
+        check_forwarding(args)
     connection = connect_running(context, args.name)
     with Progress(quiet=args.quiet or not sys.stderr.isatty()) as progress:
         way = find_way(context, connection, progress)
@@ -83,6 +89,8 @@ def _become_ssh(argv: list[str], args: argparse.Namespace) -> NoReturn:
         argv[1:1] = ["-o", option]
     for forward in args.local:
         argv[1:1] = ["-L", forward]
+    if args.forward_agent:
+        argv.insert(1, "-A")
     if args.tty:
         argv.insert(1, "-t")
     elif args.command is None:
@@ -107,19 +115,30 @@ def _enter(connection: VmConnection, way: Way, args: argparse.Namespace) -> int:
         )
     words = [os.fsencode(word) for word in args.command or []]
     if len(words) > 1:
-        return run_through_agent(connection, words, tty=args.tty)
+        return run_through_agent(connection, words, tty=args.tty, forward_agent=args.forward_agent)
     if words:
-        return run_through_agent(connection, [*need_shell(connection, way), b"-c", *words],
-                                 tty=args.tty)  # fmt: skip
-    return open_shell(connection, way, tty=args.tty)
+        words = [*need_shell(connection, way), b"-c", *words]
+        return run_through_agent(connection, words, tty=args.tty, forward_agent=args.forward_agent)
+    return open_shell(connection, way, tty=args.tty, forward_agent=args.forward_agent)
 
 
 def open_shell(
-    connection: VmConnection, way: Way, *, directory: str | None = None, tty: bool = False
+    connection: VmConnection,
+    way: Way,
+    *,
+    directory: str | None = None,
+    tty: bool = False,
+    forward_agent: bool = False,
 ) -> int:
     """Open the agent's shell on our terminal; without one it reads commands from stdin."""
     shell = need_shell(connection, way)
-    return run_through_agent(connection, shell, tty=tty or sys.stdin.isatty(), directory=directory)
+    return run_through_agent(
+        connection,
+        shell,
+        tty=tty or sys.stdin.isatty(),
+        directory=directory,
+        forward_agent=forward_agent,
+    )
 
 
 def need_shell(connection: VmConnection, way: Way) -> list[bytes]:
@@ -136,15 +155,21 @@ def need_shell(connection: VmConnection, way: Way) -> list[bytes]:
 
 
 def run_through_agent(
-    connection: VmConnection, argv: list[bytes], *, tty: bool, directory: str | None = None
+    connection: VmConnection,
+    argv: list[bytes],
+    *,
+    tty: bool,
+    directory: str | None = None,
+    forward_agent: bool = False,
 ) -> int:
     """Run a program of the guest over our stdin, stdout and stderr; return its status."""
-    from banger.cli.vm_exec import execute, terminal
+    from banger.cli.vm_exec import execute, ssh_agent_for, terminal
     from banger.guest.agent import ExecRequest
 
     cwd = None if directory is None else os.fsencode(directory)
     request = ExecRequest(argv, cwd=cwd, tty=terminal() if tty else None)
-    return execute(connection, request, json=False)
+    with ssh_agent_for(connection, request, wanted=forward_agent) as request:
+        return execute(connection, request, json=False)
 
 
 def connect_running(context: Context, name: str) -> VmConnection:

@@ -1,4 +1,7 @@
-"""`vm workspace`: what changed in a VM's copy of a repository, and bringing it home."""
+"""`vm workspace`: what changed in a VM's copy of a repository, and bringing it home.
+
+The way there, `prepare` and `sync`, is `cli.workspace_sync`.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,12 @@ _SHOWN_COMMITS = 20
 
 def build_workspace(parser: Parser) -> None:
     """Arguments of `vm workspace`."""
-    parser.usage = "banger vm workspace status|diff|export|pull VM [PATH] [OPTIONS]"
+    parser.usage = "banger vm workspace prepare|sync|status|diff|export|pull VM [PATH] [OPTIONS]"
     parser.description = (
-        "What changed in a VM's copy of a repository, and bringing it home.\n"
+        "A repository's copy in a VM: what changed there, bringing it home, and bringing it up\n"
+        "to date.\n"
+        "  prepare  copy the repository in, or send what changed here since\n"
+        "  sync     send what changed here since; with --watch, as it happens\n"
         "  status   commits that are not here, and what is not committed\n"
         "  diff     from the last commit both have to the files there, for `git apply`\n"
         "  export   the same into a file, or the commits as a git bundle\n"
@@ -36,8 +42,8 @@ def build_workspace(parser: Parser) -> None:
     )
     parser.add_argument(
         "action",
-        choices=("status", "diff", "export", "pull"),
-        metavar="status|diff|export|pull",
+        choices=("prepare", "sync", "status", "diff", "export", "pull"),
+        metavar="prepare|sync|status|diff|export|pull",
     )
     parser.add_argument("name", metavar="VM")
     parser.add_argument("path", metavar="PATH", nargs="?", default=".")
@@ -54,9 +60,36 @@ def build_workspace(parser: Parser) -> None:
         action="store_true",
         help="pull, export as bundle: what is not committed comes as one commit more",
     )
+    there = parser.add_argument_group("prepare and sync")
+    there.add_argument("--watch", action="store_true", help="sync: go on until Ctrl-C")
+    there.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="prepare: what changed on both sides becomes what it is here",
+    )
+    there.add_argument(
+        "--mode",
+        choices=("full", "shallow"),
+        help="prepare: the whole history (default), or the newest commit",
+    )
+    there.add_argument(
+        "--include-untracked",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="prepare: untracked files that are not ignored too (default: yes)",
+    )
+    there.add_argument(
+        "--branch", metavar="NAME", help="prepare: check out this branch there; a new one is begun"
+    )
+    there.add_argument("--from", dest="from_ref", metavar="REF", help="where a new one begins")
+    there.add_argument(
+        "--no-bootstrap", action="store_true", help="prepare: leave the `mise install` out"
+    )
     add_quiet(parser)
     add_json(parser)
     parser.examples(
+        ("banger vm workspace prepare box ./repo", "a copy at /root/repo, or the newest of it"),
+        ("banger vm workspace sync box --watch", "edit here, run there"),
         ("banger vm workspace status box", "what is there that is not here"),
         ("banger vm workspace pull box", "then: git merge banger/box/main"),
         ("banger vm workspace diff box | git apply", "its changes, in the files here"),
@@ -71,6 +104,10 @@ def run_workspace(context: Context, args: argparse.Namespace) -> int:
     from banger.services.workspaces import open_workspace
 
     _check(args)
+    if args.action in ("prepare", "sync"):
+        from banger.cli.workspace_sync import run_prepare, run_sync
+
+        return (run_prepare if args.action == "prepare" else run_sync)(context, args)
     workspace = open_workspace(args.path)
     connection = connect_running(context, args.name)
     directory = args.guest_path or workspace.guest_directory
@@ -92,9 +129,22 @@ def _check(args: argparse.Namespace) -> None:
         ("output", ("export",)),
         ("format", ("export",)),
         ("uncommitted", ("pull", "export")),
+        ("watch", ("sync",)),
+        ("overwrite", ("prepare",)),
+        ("mode", ("prepare",)),
+        ("include_untracked", ("prepare",)),
+        ("branch", ("prepare",)),
+        ("from_ref", ("prepare",)),
+        ("no_bootstrap", ("prepare",)),
     ):
-        if getattr(args, option) and args.action not in actions:
-            raise UsageError(f"--{option} is for {' and '.join(actions)}")
+        value = getattr(args, option)
+        # --no-include-untracked is False, and given.
+        given = value is not None if option == "include_untracked" else bool(value)
+        if given and args.action not in actions:
+            name = "from" if option == "from_ref" else option.replace("_", "-")
+            raise UsageError(f"--{name} is for {' and '.join(actions)}")
+    if args.from_ref and not args.branch:
+        raise UsageError("--from says where a new branch begins", hint="add --branch NAME")
     if args.json and args.action == "diff":
         raise UsageError("a diff is text", hint="`vm workspace status --json` lists what changed")
     if args.uncommitted and args.action == "export" and args.format != "bundle":

@@ -40,6 +40,8 @@ _EACH_DESCRIPTORS = 5
 
 Join = Callable[[socket.socket, int], None]
 """Carries one accepted connection to a port of the guest, to its end."""
+Serve = Callable[[socket.socket], None]
+"""Serves one accepted connection to its end."""
 
 
 def join_address(address: str) -> Join:
@@ -85,46 +87,44 @@ def join_agent(endpoint: Endpoint) -> Join:
     return join
 
 
-class Carrier:
-    """Listens on ports of this host and carries each connection into the guest by `join`."""
+class Acceptor:
+    """Takes connections of several listeners, at most `limit` at a time, each in a thread.
 
-    def __init__(self, join: Join, limit: int) -> None:
-        self._join = join
+    Listeners may be added and removed at any time, from any thread.
+    """
+
+    def __init__(self, limit: int) -> None:
         self._room = threading.BoundedSemaphore(_affordable(limit))
-        self._poll = select.poll()
-        self._listeners: dict[int, tuple[socket.socket, int]] = {}
+        # Not poll: epoll sees at once what another thread adds.
+        self._poll = select.epoll()
+        self._listeners: dict[int, tuple[socket.socket, Serve]] = {}
 
-    def listen(self, forward: Forward) -> int:
-        """Begin to carry a port and return the host's (0 asked for a free one); raise OSError."""
-        listener = socket.create_server((forward.host, forward.host_port), backlog=128)
-        self._listeners[listener.fileno()] = (listener, forward.guest_port)
-        self._poll.register(listener, select.POLLIN)
-        port: int = listener.getsockname()[1]
-        return port
+    def add(self, listener: socket.socket, serve: Serve) -> None:
+        """Begin to take connections; `serve` has each until it returns, and does not close it."""
+        self._listeners[listener.fileno()] = (listener, serve)
+        self._poll.register(listener, select.EPOLLIN)
 
-    def forget(self, guest_port: int) -> None:
-        """Take no more connections for a port of the guest; those there are go on."""
-        for fd, (listener, port) in list(self._listeners.items()):
-            if port == guest_port:
-                self._poll.unregister(fd)
-                del self._listeners[fd]
-                listener.close()
+    def remove(self, listener: socket.socket) -> None:
+        """Take no more connections of a listener and close it; those there are go on."""
+        if self._listeners.pop(listener.fileno(), None) is not None:
+            self._poll.unregister(listener)
+            listener.close()
 
     def run(
         self, ended: int, *, every_s: float | None = None, look: Callable[[], None] | None = None
     ) -> None:
-        """Carry connections until the process of the pidfd `ended` has ended.
+        """Take connections until the process of the pidfd `ended` has ended.
 
-        `look` is called every `every_s` seconds, and may listen and forget.
+        `look` is called every `every_s` seconds.
         """
-        self._poll.register(ended, select.POLLIN)
+        self._poll.register(ended, select.EPOLLIN)
         due = time.monotonic()
         while True:
             if look is not None and every_s is not None and time.monotonic() >= due:
                 look()
                 due = time.monotonic() + every_s
-            wait_ms = None if every_s is None else max(0.0, due - time.monotonic()) * 1000
-            for fd, _ in self._poll.poll(wait_ms):
+            wait_s = None if every_s is None else max(0.0, due - time.monotonic())
+            for fd, _ in self._poll.poll(wait_s):
                 if fd == ended:
                     return
                 self._accept(fd)
@@ -133,21 +133,48 @@ class Carrier:
         # Without room the next ones wait in the kernel's backlog, for a while.
         if not self._room.acquire(timeout=_POLL_S):
             return
-        listener, port = self._listeners[fd]
         try:
+            listener, serve = self._listeners[fd]
             client, _ = listener.accept()
-            threading.Thread(target=self._carry, args=(client, port), daemon=True).start()
+            threading.Thread(target=self._serve, args=(client, serve), daemon=True).start()
+        except KeyError:  # removed just now
+            self._room.release()
         except (OSError, RuntimeError):  # no descriptor or no thread is left: some will be
             self._room.release()
             time.sleep(_POLL_S)
 
-    def _carry(self, client: socket.socket, port: int) -> None:
+    def _serve(self, client: socket.socket, serve: Serve) -> None:
         try:
             # A guest that refuses, or is gone, shows as a connection that closes.
             with client, contextlib.suppress(OSError, BangerError):
-                self._join(client, port)
+                serve(client)
         finally:
             self._room.release()
+
+
+class Carrier(Acceptor):
+    """Listens on ports of this host and carries each connection into the guest by `join`."""
+
+    def __init__(self, join: Join, limit: int) -> None:
+        super().__init__(limit)
+        self._join = join
+        self._ports: dict[socket.socket, int] = {}
+
+    def listen(self, forward: Forward) -> int:
+        """Begin to carry a port and return the host's (0 asked for a free one); raise OSError."""
+        listener = socket.create_server((forward.host, forward.host_port), backlog=128)
+        guest_port = forward.guest_port
+        self._ports[listener] = guest_port
+        self.add(listener, lambda client: self._join(client, guest_port))
+        port: int = listener.getsockname()[1]
+        return port
+
+    def forget(self, guest_port: int) -> None:
+        """Take no more connections for a port of the guest; those there are go on."""
+        for listener, port in list(self._ports.items()):
+            if port == guest_port:
+                del self._ports[listener]
+                self.remove(listener)
 
 
 def agent_carrier(endpoint: Endpoint) -> Carrier:
@@ -164,12 +191,23 @@ def serve(forwards: list[Forward], carrier: Carrier, pid: int) -> None:
     ended = os.pidfd_open(pid)
     for forward in forwards:
         carrier.listen(forward)
+    say_ready()
+    carrier.run(ended)
+
+
+def say_ready() -> None:
+    """Tell who started us that we serve; nothing is said from here on."""
     print("ready", flush=True)
-    # Nobody reads what we say from here on: a full pipe would stop us.
+    # Nobody reads what we say any more: a full pipe would stop us.
     with open(os.devnull, "wb") as nothing:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nothing.fileno(), stream.fileno())
-    carrier.run(ended)
+
+
+def add_whose(parser: argparse.ArgumentParser) -> None:
+    """Add whose process this is: the mark of the VM, and the VMM it ends with."""
+    parser.add_argument("--mark", required=True, help="says whose this is, in the process table")
+    parser.add_argument("--pid", type=_pid, required=True, help="ends with this process")
 
 
 def _pid(text: str) -> int:
@@ -178,7 +216,8 @@ def _pid(text: str) -> int:
     return int(text)
 
 
-def _endpoint(text: str) -> Endpoint:
+def parse_endpoint(text: str) -> Endpoint:
+    """Parse an endpoint of a command line; raises ValueError."""
     return endpoint_from_wire(json.loads(text))
 
 
@@ -206,11 +245,10 @@ def _affordable(connections: int) -> int:
 def main() -> int:
     """Run the carrier of one VM until its process is gone."""
     parser = argparse.ArgumentParser(prog="banger-carrier")
-    parser.add_argument("--mark", required=True, help="says whose this is, in the process table")
-    parser.add_argument("--pid", type=_pid, required=True, help="ends with this process")
+    add_whose(parser)
     other = parser.add_mutually_exclusive_group(required=True)
     other.add_argument("--address", type=IPv4Address, help="the guest's, on the bridge")
-    other.add_argument("--endpoint", type=_endpoint, help="the guest's agent, as in the API")
+    other.add_argument("--endpoint", type=parse_endpoint, help="the guest's agent, as in the API")
     parser.add_argument("forwards", nargs="+", type=_forward)
     options = parser.parse_args()
     if options.address is not None:

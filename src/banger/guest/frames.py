@@ -41,6 +41,8 @@ TAR_EOF = 0x31
 DATA = 0x40
 DATA_EOF = 0x41
 FORWARD_OK = 0x42
+MISSED = 0x50
+RESTARTED = 0x51
 
 FROM_AGENT = frozenset(
     (
@@ -58,8 +60,12 @@ FROM_AGENT = frozenset(
         DATA,
         DATA_EOF,
         FORWARD_OK,
+        MISSED,
+        RESTARTED,
     )
 )
+# What a program at a session's socket on this host may send.
+FROM_VIEWER = frozenset((STDIN, STDIN_EOF, RESIZE, SIGNAL))
 _HEADER = struct.Struct(">BI")
 _CREDIT = struct.Struct(">I")
 
@@ -120,17 +126,21 @@ def decode_credit(payload: bytes) -> int:
 
 
 class Decoder:
-    """Turns the agent's bytes into frames.
+    """Turns the bytes of the agent, or of another `sender` of the `known` types, into frames.
 
     `feed` takes what arrived, `next_frame` returns a whole frame or None. Memory is bounded by the
     caller: it feeds no more while frames are there, so at most one frame and one read is held.
     """
 
-    __slots__ = ("_buffer", "_start")
+    __slots__ = ("_buffer", "_known", "_sender", "_start")
 
-    def __init__(self, rest: bytes = b"") -> None:
+    def __init__(
+        self, rest: bytes = b"", *, known: frozenset[int] = FROM_AGENT, sender: str = "the agent"
+    ) -> None:
         self._buffer = bytearray(rest)
         self._start = 0
+        self._known = known
+        self._sender = sender
 
     def feed(self, data: bytes) -> None:
         """Append what arrived."""
@@ -145,10 +155,10 @@ class Decoder:
         if available < HEADER_BYTES:
             return None
         kind, length = _HEADER.unpack_from(self._buffer, self._start)
-        if kind not in FROM_AGENT:
-            raise ProtocolError(f"the agent sent a frame of type 0x{kind:02x}")
+        if kind not in self._known:
+            raise ProtocolError(f"{self._sender} sent a frame of type 0x{kind:02x}")
         if length > MAX_PAYLOAD:
-            raise ProtocolError(f"the agent sent a frame of {length} bytes")
+            raise ProtocolError(f"{self._sender} sent a frame of {length} bytes")
         if available < HEADER_BYTES + length:
             return None
         begin = self._start + HEADER_BYTES

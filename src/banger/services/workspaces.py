@@ -1,9 +1,10 @@
 """A git repository on the host as one tar stream for a guest.
 
 Owns what is copied (tracked files, untracked ones that are not ignored, and a `.git` that
-works inside) and how a tar is written, byte for byte. Leaves the transport to
-`guest.agent`. The host's repository is only read: no index refresh, no hook, no filter,
-no fsmonitor and no lazy fetch runs for it, and no symbolic link is followed.
+works inside) and how a tar is written, byte for byte. Leaves the transport to `guest.agent`,
+and what a second copy has to send to `services.workspace_sync`. The host's repository is only
+read: no index refresh, no hook, no filter, no fsmonitor and no lazy fetch runs for it, and no
+symbolic link is followed.
 
 What the copy of `.git` is not: linked worktrees, submodules' git directories and
 alternates are folded into one plain `.git` directory per repository, so nothing in it
@@ -16,10 +17,14 @@ so that commits work and `git status` says what it says on the host.
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 from banger.errors import Conflict, InvalidInput
@@ -31,8 +36,56 @@ _CHUNK_BYTES = 256 * 1024
 _MAX_NESTING = 16  # repositories inside repositories
 _MAX_ALTERNATES = 16  # git itself follows five levels
 _PACK_LISTINGS = 3  # a repack may replace packs while they are copied
+_TICK_NS = 20_000_000  # two writes so close may leave one mtime; kernels tick every 1 to 10 ms
 
 Warn = Callable[[str], None]
+
+
+class Entry(NamedTuple):
+    """What a copy has at a path: a file (`f`), a symlink (`l`) or a directory that is empty (`d`).
+
+    `extra` is a link's target, or the SHA-256 of content that no file here holds.
+    """
+
+    kind: str
+    mode: int
+    size: int
+    mtime_ns: int
+    extra: bytes = b""
+
+
+Note = Callable[[bytes, Entry], object]
+
+
+class Found(NamedTuple):
+    """Something to copy; its descriptor is open until the next one is asked for.
+
+    `name` is below the copy (empty: that itself). A file of a git directory has a `source`, one
+    that is made up for the copy has `content`. `alone` marks a directory that nothing lies in.
+    """
+
+    name: bytes
+    stat: os.stat_result | None = None
+    directory_fd: int = -1
+    leaf: bytes = b""
+    source: bytes | None = None
+    content: Callable[[], bytes] | None = None
+    digest: bytes = b""
+    alone: bool = False
+
+
+class Depth(NamedTuple):
+    """How much history goes along: all, or the newest commit.
+
+    `sent` holds, for each repository of a shallow copy (by its path in there), the commits that
+    the guest has from before.
+    """
+
+    shallow: bool
+    sent: Mapping[bytes, tuple[str, ...]]
+
+
+FULL = Depth(False, {})
 
 
 class Workspace(NamedTuple):
@@ -41,11 +94,12 @@ class Workspace(NamedTuple):
     top: str
     name: str
     include_untracked: bool = True
+    directory: str | None = None
 
     @property
     def guest_directory(self) -> str:
-        """Where the copy is inside the guest."""
-        return f"{GUEST_HOME}/{self.name}"
+        """Where the copy is inside the guest: `directory`, or by its name below the home."""
+        return self.directory or f"{GUEST_HOME}/{self.name}"
 
 
 def open_workspace(path: str) -> Workspace:
@@ -117,7 +171,7 @@ def branch_argv(workspace: Workspace, name: str, ref: str | None) -> list[bytes]
 
 
 _BLOCK = 512
-_END = bytes(2 * _BLOCK)
+TAR_END = bytes(2 * _BLOCK)
 _OWNER = b"root".ljust(32, b"\0") * 2
 _TAIL = b"ustar  \0" + _OWNER + bytes(16 + 155 + 12)
 _IDS = b"0000000\0" * 2
@@ -156,12 +210,20 @@ def _long_record(kind: bytes, text: bytes) -> bytes:
     return header + data + bytes(-len(data) % _BLOCK)
 
 
-def tar_file(fd: int, name: bytes, found: os.stat_result, warn: Warn) -> Iterator[bytes]:
+def tar_file(
+    fd: int, name: bytes, found: os.stat_result, warn: Warn, note: Note | None = None
+) -> Iterator[bytes]:
     """Yield the entry of an open regular file.
 
     The header's size is a promise: a file that shrinks meanwhile is filled with zeros, one
-    that grows is cut, each with a warning.
+    that grows is cut, each with a warning. `note` is told what the header says.
     """
+    if note is not None:
+        if time.time_ns() - found.st_mtime_ns < _TICK_NS:
+            # Who writes to it from here on leaves another mtime than the one we note.
+            time.sleep(_TICK_NS / 1e9)
+            found = os.fstat(fd)
+        note(name, entry_of(found))
     size = found.st_size
     yield tar_header(name, b"0", mode=found.st_mode, size=size, mtime=int(found.st_mtime))
     left = size
@@ -189,12 +251,23 @@ def tar_file(fd: int, name: bytes, found: os.stat_result, warn: Warn) -> Iterato
         yield bytes(-size % _BLOCK)
 
 
-def tar_entry(directory_fd: int, leaf: bytes, name: bytes, warn: Warn) -> Iterator[bytes]:
+def entry_of(found: os.stat_result, target: bytes = b"") -> Entry:
+    """Return what is noted of a file, or of a link with its target."""
+    kind = "l" if stat.S_ISLNK(found.st_mode) else "f"
+    mode = 0o777 if kind == "l" else stat.S_IMODE(found.st_mode)
+    return Entry(kind, mode, found.st_size, found.st_mtime_ns, target)
+
+
+def tar_entry(
+    directory_fd: int, leaf: bytes, name: bytes, warn: Warn, note: Note | None = None
+) -> Iterator[bytes]:
     """Yield the entry of a file or symbolic link; nothing when it vanished or is neither."""
     try:
         found = os.stat(leaf, dir_fd=directory_fd, follow_symlinks=False)
         if stat.S_ISLNK(found.st_mode):
             target = os.readlink(leaf, dir_fd=directory_fd)
+            if note is not None:
+                note(name, entry_of(found, target))
             yield tar_header(name, b"2", mode=0o777, mtime=int(found.st_mtime), link=target)
             return
         if not stat.S_ISREG(found.st_mode):
@@ -211,7 +284,7 @@ def tar_entry(directory_fd: int, leaf: bytes, name: bytes, warn: Warn) -> Iterat
     try:
         found = os.fstat(fd)
         if stat.S_ISREG(found.st_mode):
-            yield from tar_file(fd, name, found, warn)
+            yield from tar_file(fd, name, found, warn, note)
     finally:
         os.close(fd)
 
@@ -305,56 +378,113 @@ def iter_tar(workspace: Workspace, *, warn: Warn = lambda _: None) -> Iterator[b
     Made for extraction in `GUEST_HOME`. `warn` is told of each file left out or changed
     meanwhile.
     """
+    prefix = os.fsencode(workspace.name)
 
     def pieces() -> Iterator[bytes]:
-        top = os.fsencode(workspace.top)
-        listing = ["--cached"]
-        if workspace.include_untracked:
-            listing += ["--others", "--exclude-standard"]
-        yield from _repository(top, os.fsencode(workspace.name), warn, listing, 0)
-        yield _END
+        for found in walk(workspace, warn=warn):
+            name = b"%b/%b" % (prefix, found.name) if found.name else prefix
+            yield from tar_found(found, name, warn)
+        yield TAR_END
 
     return batched(pieces())
 
 
-def _repository(
-    root: bytes, prefix: bytes, warn: Warn, listing: list[str], depth: int
-) -> Iterator[bytes]:
+def tar_found(found: Found, name: bytes, warn: Warn, note: Note | None = None) -> Iterator[bytes]:
+    """Yield the entry of something found, under this name."""
+    if found.content is not None:
+        content = found.content()
+        if note is not None:
+            note(name, Entry("f", 0o644, len(content), 0, found.digest))
+        yield from tar_content(name, content)
+    elif found.stat is not None and stat.S_ISDIR(found.stat.st_mode):
+        if found.alone and note is not None:
+            note(name, Entry("d", 0, 0, 0))
+        yield tar_directory(name, found.stat)
+    elif found.source is not None:
+        yield from tar_source(found.source, name, warn, note)
+    else:
+        yield from tar_entry(found.directory_fd, found.leaf, name, warn, note)
+
+
+def tar_content(name: bytes, content: bytes) -> Iterator[bytes]:
+    """Yield the entry of a file that is made up."""
+    yield tar_header(name, b"0", mode=0o644, size=len(content))
+    yield content + bytes(-len(content) % _BLOCK)
+
+
+def walk(
+    workspace: Workspace,
+    *,
+    warn: Warn = lambda _: None,
+    depth: Depth = FULL,
+    names_only: bool = False,
+) -> Iterator[Found]:
+    """Yield all that a copy has, directories before what is in them.
+
+    With `names_only`, git's objects come without a look at each.
+    """
+    listing = ["--cached"]
+    if workspace.include_untracked:
+        listing += ["--others", "--exclude-standard"]
+    yield from _repository(
+        os.fsencode(workspace.top), b"", _Walk(warn, listing, depth, names_only), 0
+    )
+
+
+class _Walk(NamedTuple):
+    warn: Warn
+    listing: list[str]
+    depth: Depth
+    names_only: bool
+
+
+def _below(prefix: bytes, name: bytes) -> bytes:
+    return b"%b/%b" % (prefix, name) if prefix else name
+
+
+def _repository(root: bytes, prefix: bytes, how: _Walk, level: int) -> Iterator[Found]:
     """Yield one repository: its directory, its files, the repositories inside, its .git."""
     nested: list[bytes] = []
     with DirectoryStack(root) as stack:
-        yield tar_directory(prefix, os.fstat(stack.root_fd))
-        for path in _list_files(root, listing):
+        yield Found(prefix, os.fstat(stack.root_fd))
+        for path in _list_files(root, how.listing):
             directory, _, leaf = path.rstrip(b"/").rpartition(b"/")
             here = stack.enter(directory)
             if here is None:
                 continue  # tracked, and deleted or replaced by a link
             for name, found in here[1]:
-                yield tar_directory(b"%b/%b" % (prefix, name), found)
-            name = b"%b/%b" % (prefix, path.rstrip(b"/"))
-            if path.endswith(b"/") or _is_directory(here[0], leaf):
+                yield Found(_below(prefix, name), found)
+            name = _below(prefix, path.rstrip(b"/"))
+            entry = _stat_entry(here[0], leaf, name, how.warn)
+            # Of listed names only submodules are directories.
+            if path.endswith(b"/") or (entry is not None and stat.S_ISDIR(entry.st_mode)):
                 nested.append(path.rstrip(b"/"))
-            else:
-                yield from tar_entry(here[0], leaf, name, warn)
+            elif entry is not None:
+                yield Found(name, entry, here[0], leaf)
     for path in nested:
-        yield from _nested(
-            b"%b/%b" % (root, path), b"%b/%b" % (prefix, path), warn, listing, depth + 1
-        )
-    yield from _git_directory(root, prefix + b"/.git", warn)
+        yield from _nested(b"%b/%b" % (root, path), _below(prefix, path), how, level + 1)
+    if how.depth.shallow:
+        yield from _shallow_git_directory(root, prefix, how)
+    else:
+        yield from _git_directory(root, _below(prefix, b".git"), how.names_only)
 
 
-def _is_directory(directory_fd: int, leaf: bytes) -> bool:
-    # Of listed names only submodules are directories.
+def _stat_entry(directory_fd: int, leaf: bytes, name: bytes, warn: Warn) -> os.stat_result | None:
+    """Return what a name is; None when it is gone, or nothing that can be copied."""
     try:
         found = os.stat(leaf, dir_fd=directory_fd, follow_symlinks=False)
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            warn(f"{os.fsdecode(name)} cannot be read ({error.strerror}): not copied")
+        return None
+    kind = stat.S_IFMT(found.st_mode)
+    if kind in (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR):
+        return found
+    warn(f"{os.fsdecode(name)} is a socket, a pipe or a device: not copied")
+    return None
 
 
-def _nested(
-    root: bytes, prefix: bytes, warn: Warn, listing: list[str], depth: int
-) -> Iterator[bytes]:
+def _nested(root: bytes, prefix: bytes, how: _Walk, level: int) -> Iterator[Found]:
     """Yield a submodule, or a repository that lies untracked inside another."""
     try:
         found = os.lstat(root)
@@ -362,12 +492,12 @@ def _nested(
         return
     if not stat.S_ISDIR(found.st_mode):
         return
-    if depth > _MAX_NESTING:
-        warn(f"{os.fsdecode(prefix)} is nested too deep: not copied")
+    if level > _MAX_NESTING:
+        how.warn(f"{os.fsdecode(prefix)} is nested too deep: not copied")
     elif os.path.lexists(root + b"/.git"):
-        yield from _repository(root, prefix, warn, listing, depth)
+        yield from _repository(root, prefix, how, level)
     else:
-        yield tar_directory(prefix, found)  # a submodule that is not checked out
+        yield Found(prefix, found, alone=True)  # a submodule that is not checked out
 
 
 def _list_files(root: bytes, listing: list[str]) -> list[bytes]:
@@ -392,7 +522,7 @@ _SHARED = (b"refs", b"logs", b"packed-refs", b"reftable", b"info", b"hooks", b"s
            b"description", b"lfs", b"rr-cache", b"branches", b"remotes")  # fmt: skip
 _NEVER = frozenset(
     [b"config", b"config.worktree", b"objects", b"modules", b"worktrees", b"commondir", b"gitdir",
-     b"locked", b"gc.pid", b"fsmonitor--daemon", b"fsmonitor--daemon.ipc"]
+     b"locked", b"gc.pid", b"fsmonitor--daemon", b"fsmonitor--daemon.ipc", b"banger"]
 )  # fmt: skip
 
 
@@ -403,14 +533,14 @@ def _find_git_directories(root: bytes) -> _GitDirectories:
     return _GitDirectories(os.path.realpath(own), os.path.realpath(os.path.join(root, common)))
 
 
-def _git_directory(root: bytes, prefix: bytes, warn: Warn) -> Iterator[bytes]:
+def _git_directory(root: bytes, prefix: bytes, names_only: bool) -> Iterator[Found]:
     """Yield a plain `.git` directory that holds everything it needs.
 
     References come before objects: git only adds objects (a repack apart, see
     `_objects`), so whatever a copied reference names is there when objects are copied.
     """
     found = _find_git_directories(root)
-    yield tar_directory(prefix, os.stat(found.common))
+    yield Found(prefix, os.stat(found.common))
     done = set(_NEVER)
     # Loose references before packed ones: packing writes the new file, then removes them.
     for directory, names in ((found.own, None), (found.common, _SHARED)):
@@ -420,16 +550,17 @@ def _git_directory(root: bytes, prefix: bytes, warn: Warn) -> Iterator[bytes]:
                 continue
             if names is not None and found.own != found.common and name not in names:
                 continue
-            yield from _git_tree(directory, name, prefix, done, warn)
-    config = _guest_config(root, found)
-    yield tar_header(prefix + b"/config", b"0", mode=0o644, size=len(config))
-    yield config + bytes(-len(config) % _BLOCK)
-    yield from _objects(found.common, prefix + b"/objects", warn)
+            yield from _git_tree(directory, name, prefix, done)
+    yield _made_up(prefix + b"/config", _guest_config(root, found))
+    yield from _objects(found.common, prefix + b"/objects", names_only)
 
 
-def _git_tree(
-    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], warn: Warn
-) -> Iterator[bytes]:
+def _made_up(name: bytes, content: bytes) -> Found:
+    digest = hashlib.sha256(content).hexdigest().encode()  # in the manifest, NUL ends a field
+    return Found(name, content=lambda: content, digest=digest)
+
+
+def _git_tree(directory: bytes, name: bytes, prefix: bytes, done: set[bytes]) -> Iterator[Found]:
     """Yield one entry of a git directory and all below it; `done` holds what is out already."""
     path = os.path.join(directory, name)
     try:
@@ -439,20 +570,28 @@ def _git_tree(
     if not stat.S_ISDIR(found.st_mode):
         if _wanted(name) and name not in done:
             done.add(name)
-            yield from _plain_file(path, b"%b/%b" % (prefix, name), warn)
+            yield from _source(path, b"%b/%b" % (prefix, name))
         return
     for parent, directories, files in os.walk(path):
         relative = os.path.relpath(parent, directory)
         if relative not in done:
             done.add(relative)
-            with_suffix = b"%b/%b" % (prefix, relative)
-            yield tar_directory(with_suffix, os.stat(parent))
+            yield Found(b"%b/%b" % (prefix, relative), os.stat(parent))
         directories.sort()
         for leaf in sorted(files):
             entry = os.path.join(relative, leaf)
             if _wanted(leaf) and entry not in done:
                 done.add(entry)
-                yield from _plain_file(os.path.join(parent, leaf), b"%b/%b" % (prefix, entry), warn)
+                yield from _source(os.path.join(parent, leaf), b"%b/%b" % (prefix, entry))
+
+
+def _source(path: bytes, name: bytes) -> Iterator[Found]:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return
+    if stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
+        yield Found(name, found, source=path)
 
 
 def _wanted(leaf: bytes) -> bool:
@@ -460,14 +599,15 @@ def _wanted(leaf: bytes) -> bool:
     return not leaf.endswith((b".lock", b".sample")) and not leaf.startswith(b"tmp_")
 
 
-def _plain_file(path: bytes, name: bytes, warn: Warn) -> Iterator[bytes]:
+def tar_source(path: bytes, name: bytes, warn: Warn, note: Note | None = None) -> Iterator[bytes]:
+    """Yield the entry of a file of a git directory."""
     directory, leaf = os.path.split(path)
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        yield from tar_entry(fd, leaf, name, warn)
+        yield from tar_entry(fd, leaf, name, warn, note)
     finally:
         os.close(fd)
 
@@ -490,25 +630,25 @@ def _object_directories(common: bytes) -> list[bytes]:
     return found
 
 
-def _objects(common: bytes, prefix: bytes, warn: Warn) -> Iterator[bytes]:
+def _objects(common: bytes, prefix: bytes, names_only: bool) -> Iterator[Found]:
     """Yield every object of a repository and its alternates, as one object directory.
 
     Loose objects before packs: a repack writes the pack, then removes what is in it. A
     pack that vanishes was replaced by a newer one, so the packs are listed again.
     """
     directories = _object_directories(common)
-    yield tar_directory(prefix, os.stat(directories[0]))
+    yield Found(prefix, os.stat(directories[0]))
     done: set[bytes] = set()
     for directory in directories:
         for fan in sorted(os.listdir(directory)):
             if len(fan) == 2 and re.fullmatch(rb"[0-9a-f]{2}", fan):
-                yield from _directory_files(directory, fan, prefix, done, warn)
+                yield from _directory_files(directory, fan, prefix, done, names_only)
     if len(directories) == 1:
-        yield from _tree_of_objects(directories[0], b"info", prefix, done, warn)
+        yield from _tree_of_objects(directories[0], b"info", prefix, done, names_only)
     for directory in directories:
         for _ in range(_PACK_LISTINGS):
             before = _packs(directory)
-            yield from _directory_files(directory, b"pack", prefix, done, warn)
+            yield from _directory_files(directory, b"pack", prefix, done, names_only)
             if _packs(directory) <= before:
                 break
 
@@ -521,37 +661,125 @@ def _packs(directory: bytes) -> set[bytes]:
 
 
 def _tree_of_objects(
-    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], warn: Warn
-) -> Iterator[bytes]:
-    yield from _directory_files(directory, name, prefix, done, warn)
+    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], names_only: bool
+) -> Iterator[Found]:
+    yield from _directory_files(directory, name, prefix, done, names_only)
     if os.path.isdir(os.path.join(directory, name, b"commit-graphs")):
         graphs = os.path.join(name, b"commit-graphs")
-        yield from _directory_files(directory, graphs, prefix, done, warn)
+        yield from _directory_files(directory, graphs, prefix, done, names_only)
 
 
 def _directory_files(
-    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], warn: Warn
-) -> Iterator[bytes]:
+    directory: bytes, name: bytes, prefix: bytes, done: set[bytes], names_only: bool
+) -> Iterator[Found]:
     """Yield one directory and the files in it that are not out already."""
+    path = os.path.join(directory, name)
     try:
-        fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return
     try:
         if name not in done:
             done.add(name)
-            yield tar_directory(b"%b/%b" % (prefix, name), os.fstat(fd))
+            yield Found(b"%b/%b" % (prefix, name), os.fstat(fd))
         for text in sorted(os.listdir(fd)):
             leaf = os.fsencode(text)
             entry = b"%b/%b" % (name, leaf)
             if entry in done or not _wanted(leaf) or leaf in (b"alternates", b"http-alternates"):
                 continue
-            pieces = tar_entry(fd, leaf, b"%b/%b" % (prefix, entry), warn)
-            for piece in pieces:
-                done.add(entry)  # one that vanished is not out: its successor may be
-                yield piece
+            if names_only:
+                done.add(entry)
+                yield Found(b"%b/%b" % (prefix, entry), None, fd, leaf, b"%b/%b" % (path, leaf))
+                continue
+            try:
+                found = os.stat(leaf, dir_fd=fd, follow_symlinks=False)
+            except OSError:
+                continue  # one that vanished is not out: its successor may be
+            if stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
+                done.add(entry)
+                name_there = b"%b/%b" % (prefix, entry)
+                yield Found(name_there, found, fd, leaf, b"%b/%b" % (path, leaf))
     finally:
         os.close(fd)
+
+
+# -- .git of one commit
+
+_ID = re.compile(rb"[0-9a-f]{40}(?:[0-9a-f]{24})?\Z")
+# Of a git directory: what names no object.
+_WITHOUT_OBJECTS = (b"description", b"hooks", b"info")
+
+
+def staged_hash(root: bytes) -> str:
+    """Return the SHA-256 of what an index holds, as `git ls-files -s -z | sha256sum` has it."""
+    return hashlib.sha256(git(root, "ls-files", "-s", "-z")).hexdigest()
+
+
+def head_commit(root: bytes) -> str | None:
+    """Return the commit that HEAD is, None before the first."""
+    said = git(root, "rev-parse", "-q", "--verify", "HEAD^{commit}", check=False)
+    return said.strip().decode("ascii", "replace") or None
+
+
+def _shallow_git_directory(root: bytes, prefix: bytes, how: _Walk) -> Iterator[Found]:
+    """Yield a `.git` with the newest commit and what is staged, its history cut off by `shallow`.
+
+    The pack is made when it is asked for: its name tells what is in it. What the guest has from
+    before (`Depth.sent`) is not in it.
+    """
+    found = _find_git_directories(root)
+    below = _below(prefix, b".git")
+    yield Found(below, os.stat(found.common))
+    head = (head_commit(root) or "").encode()
+    branch = git(root, "symbolic-ref", "-q", "HEAD", check=False).strip()
+    done: set[bytes] = set()
+    for name in _WITHOUT_OBJECTS:
+        yield from _git_tree(found.common, name, below, done)
+    yield from _source(os.path.join(found.own, b"index"), below + b"/index")
+    yield _made_up(below + b"/HEAD", (b"ref: " + branch if branch else head) + b"\n")
+    if head and branch:
+        yield _made_up(b"%b/%b" % (below, branch), head + b"\n")
+    earlier = [one.encode() for one in how.depth.sent.get(prefix, ())]
+    cut = sorted(
+        one
+        for one in {*earlier, *([head] if head else [])}
+        if b"\nparent " in git(root, "cat-file", "commit", one, check=False).partition(b"\n\n")[0]
+    )
+    if cut:
+        yield _made_up(below + b"/shallow", b"\n".join(cut) + b"\n")
+    yield _made_up(below + b"/config", _guest_config(root, found, shallow=True))
+    listed = git(root, "ls-files", "-s", "-z")
+    key = hashlib.sha256(head + b"\n" + listed).hexdigest()[:40].encode()
+    made = functools.cache(functools.partial(_pack, root, head, listed, earlier))
+    pack = b"%b/objects/pack/pack-%b" % (below, key)
+    yield Found(pack + b".pack", content=lambda: made()[0], digest=key)
+    yield Found(pack + b".idx", content=lambda: made()[1], digest=key)
+
+
+def _pack(root: bytes, head: bytes, listed: bytes, earlier: list[bytes]) -> tuple[bytes, bytes]:
+    """Return a pack of one commit and of what is staged, and its index."""
+    staged = {line.split(b" ")[1] for line in listed.split(b"\0") if line and line[:6] != b"160000"}
+    asked = b"".join(one + b"\n" for one in sorted(staged))
+    answers = git(root, "cat-file", "--batch-check=%(objectname) %(objecttype)", stdin=asked)
+    blobs = [line.split(b" ")[0] for line in answers.splitlines() if line.endswith(b" blob")]
+    known = b"".join(one + b"^{commit}\n" for one in earlier)
+    answers = git(root, "cat-file", "--batch-check=%(objectname)", stdin=known) if known else b""
+    older = [b"^" + line for line in answers.splitlines() if _ID.match(line)]
+    # The guest has trees and files of the older ones, and none of their parents.
+    cuts = {*([head] if head else []), *(one[1:] for one in older)}
+    tips = [head] if head and b"^" + head not in older else []
+    lines = [*(b"--shallow " + one for one in sorted(cuts)), *tips, *blobs, *older]
+    words = b"".join(line + b"\n" for line in lines)
+    # Without deltas: one against an object that is not in the pack could not be indexed here.
+    how = ["--thin", "--shallow", "--no-reuse-delta", "--window=0"] if older else []
+    pack = git(root, "pack-objects", "--revs", "--stdout", "-q", *how, stdin=words)
+    with tempfile.TemporaryDirectory(prefix="banger-pack-") as place:
+        name, index = os.path.join(place, "x.pack"), os.path.join(place, "x.idx")
+        with open(name, "wb") as file:
+            file.write(pack)
+        git(root, "index-pack", "-o", index, name)
+        with open(index, "rb") as file:
+            return pack, file.read()
 
 
 # -- .git/config
@@ -569,7 +797,7 @@ _ADDED_KEYS = ("user.name", "user.email", "core.autocrlf", "core.eol", "core.saf
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)@")
 
 
-def _guest_config(root: bytes, found: _GitDirectories) -> bytes:
+def _guest_config(root: bytes, found: _GitDirectories, *, shallow: bool = False) -> bytes:
     """Return the config of the copy: the repository's own, less secrets and host paths."""
     entries = _config_entries(root, os.path.join(found.common, b"config"))
     if any(key == "extensions.worktreeconfig" and value == "true" for key, value in entries):
@@ -577,7 +805,7 @@ def _guest_config(root: bytes, found: _GitDirectories) -> bytes:
     kept = [
         (_key_without_secrets(key), None if value is None else without_secrets(value))
         for key, value in entries
-        if _keeps(key, value)
+        if _keeps(key, value) and not (shallow and key == "extensions.refstorage")
     ]
     kept.append(("core.bare", "false"))
     own = {key for key, _ in kept}
