@@ -30,6 +30,8 @@ type Config struct {
 type Export struct {
 	// Remove holds names of files and, in their last component, patterns of path.Match. Only plain files go.
 	Remove []string `json:"remove"`
+	// Empty holds names of directories, of which everything in them goes.
+	Empty []string `json:"empty"`
 	// DropLines holds lines to leave out of a file; what is beside them stays.
 	DropLines []Lines `json:"drop_lines"`
 }
@@ -136,6 +138,11 @@ func ParseConfig(raw []byte) (*Config, error) {
 }
 
 func (e *Export) check() error {
+	for _, name := range e.Empty {
+		if err := checkPath(name); err != nil {
+			return err
+		}
+	}
 	for _, name := range e.Remove {
 		if err := checkPath(name); err != nil {
 			return err

@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"fmt"
 	"os"
 	"path"
 	"strings"
@@ -74,6 +75,11 @@ func neutralize(r *root, config *Config) error {
 			return err
 		}
 	}
+	for _, name := range config.Export.Empty {
+		if err := r.empty(name); err != nil {
+			return err
+		}
+	}
 	for i := range config.Export.DropLines {
 		if err := r.dropLines(&config.Export.DropLines[i]); err != nil {
 			return err
@@ -125,6 +131,23 @@ func (r *root) removeFiles(pattern string) error {
 		}
 	}
 	return nil
+}
+
+// empty removes what is in a directory, following no link.
+func (r *root) empty(name string) error {
+	fd := r.existing(name)
+	if fd < 0 {
+		return nil
+	}
+	directory := os.NewFile(uintptr(fd), name)
+	defer directory.Close()
+	names, err := directory.Readdirnames(-1)
+	for _, child := range names {
+		if err == nil {
+			err = os.RemoveAll(fmt.Sprintf("/proc/self/fd/%d/%s", fd, child))
+		}
+	}
+	return err
 }
 
 // dropLines writes a file anew without some lines; one that has none of them is left alone.

@@ -21,7 +21,9 @@ func TestNeutralizeRemovesWhatIsOneMachinesOwnAndNothingElse(t *testing.T) {
 	write(image+"/etc/ssh/ssh_host_ed25519_key", "secret")
 	write(image+"/etc/ssh/sshd_config", "mine")
 	write(image+"/etc/hosts", "127.0.0.1 localhost\n\n127.0.1.1 box\n10.0.0.1 mine")
+	write(image+"/var/sessions/one/stdout.0", "what was said")
 	write(base+"/victim/ssh_host_x", "the host's")
+	_ = os.Symlink(base+"/victim", image+"/var/sessions/link")
 	write(base+"/victim/hosts", "127.0.1.1 box\n")
 	_ = os.Symlink(base+"/victim/ssh_host_x", image+"/etc/ssh/ssh_host_link")
 	_ = os.Symlink(base+"/victim", image+"/out")
@@ -29,7 +31,7 @@ func TestNeutralizeRemovesWhatIsOneMachinesOwnAndNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, err := ParseConfig([]byte(`{"files":[],"export":{"remove":["/etc/ssh/ssh_host_*","/out/ssh_host_*","/no/where"],
+	config, err := ParseConfig([]byte(`{"files":[],"export":{"empty":["/var/sessions","/none"],"remove":["/etc/ssh/ssh_host_*","/out/ssh_host_*","/no/where"],
 		"drop_lines":[{"path":"/etc/hosts","content_b64":"MTI3LjAuMS4xIGJveAo="},{"path":"/out/hosts","content_b64":"MTI3LjAuMS4xIGJveAo="}]}}`))
 	if err != nil {
 		t.Fatal(err)
@@ -52,6 +54,9 @@ func TestNeutralizeRemovesWhatIsOneMachinesOwnAndNothingElse(t *testing.T) {
 	}
 	if _, err := os.Lstat(image + "/etc/ssh/ssh_host_ed25519_key"); !os.IsNotExist(err) {
 		t.Errorf("the key is there: %v", err)
+	}
+	if left, err := os.ReadDir(image + "/var/sessions"); err != nil || len(left) > 0 {
+		t.Errorf("sessions: %v %v", left, err)
 	}
 	if info, _ := os.Stat(image + "/etc/hosts"); info.Mode().Perm() != 0o640 {
 		t.Errorf("mode %v", info.Mode())

@@ -57,7 +57,7 @@ NOUNS: dict[str, Noun] = {
             "session": Verb("vm_session", "Start and join processes that live on in a VM"),
             "ssh": Verb("vm_ssh", "Enter a running VM through ssh"),
             "workspace": Verb(
-                "vm_workspace", "Keep a VM's copy of a repository up to date; bring changes home"
+                "vm_workspace", "Keep a copy of a repository up to date; bring changes home"
             ),
             "acp": Verb("vm_acp", "Speak the Agent Client Protocol with an agent inside a VM"),
             "cp": Verb("vm_cp", "Copy files between the host and a VM"),

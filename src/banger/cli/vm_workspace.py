@@ -192,7 +192,9 @@ def _show(copy: Copy, state: State) -> None:
         for change in state.changes:
             output.write_line(f"  {change.status} {change.path}")
     uncommitted = " --uncommitted" if state.changes else ""
-    output.notice(f"`banger vm workspace pull{uncommitted} {copy.vm}` brings it here")
+    elsewhere = copy.directory != copy.workspace.guest_directory
+    there = f" --guest-path {copy.directory}" if elsewhere else ""
+    output.notice(f"`banger vm workspace pull{uncommitted}{there} {copy.vm}` brings it here")
 
 
 def _diff(copy: Copy, progress: Progress, *, stat: bool) -> int:

@@ -223,6 +223,7 @@ class _Watch:
         while True:
             begin = time.monotonic()
             entries = take_snapshot(workspace, FULL, self._warn).rows
+            looked_s = time.monotonic() - begin
             if entries != sent or (self._told and begin >= again_at):
                 try:
                     self._send()
@@ -236,7 +237,7 @@ class _Watch:
                         raise
                     self._warn(f"tried again soon: {error.message}")
                 again_at = time.monotonic() + _AGAIN_S
-            if wait(max(_EVERY_S, (time.monotonic() - begin) * _SHARE)):
+            if wait(max(_EVERY_S, looked_s * _SHARE)):
                 break
         self._say(f"{self._target.vm} has stopped")
         return 0

@@ -320,6 +320,7 @@ def export_config(
         ],
         "export": {
             "remove": [*_IDENTITY, *(_literal(path) for path in remove)],
+            "empty": ["/var/lib/banger/sessions"],  # what others said there
             "drop_lines": [
                 _lines("/etc/hosts", own_line),
                 _lines("/root/.ssh/authorized_keys", f"{authorized_key.strip()}\n"),
