@@ -265,7 +265,7 @@ func (x *session) follow(child *exec.Child) exec.ExitBody {
 	x.input.Broadcast()
 	x.mutex.Unlock()
 	// A session is its process: what that one leaves behind would hold the ports of the next.
-	x.tree.end(leftoverPatient)
+	x.tree.end(leftoverPatient, child.Master != nil)
 	for i, file := range files {
 		if file != nil {
 			drains[i].Begin(file)
@@ -423,7 +423,7 @@ func (x *session) end(reason string, patience time.Duration) error {
 		return nil
 	default:
 	}
-	whole := x.tree.end(patience)
+	whole := x.tree.end(patience, x.body.StdinMode == "pty")
 	select {
 	case <-x.done:
 	case <-time.After(stuckLimit):
@@ -467,7 +467,7 @@ func restore(directory string) (x *session, foreign bool) {
 	if b.State != ended {
 		if b.Boot == system.BootID() {
 			t := newTree(b.ID)
-			t.end(0)
+			t.end(0, false)
 			t.remove()
 		}
 		now := time.Now().Unix()

@@ -152,10 +152,14 @@ func (t *tree) signal(number syscall.Signal) {
 	})
 }
 
-// end sends SIGTERM, waits for at most so long, and kills what is left; it tells whether none is.
-func (t *tree) end(patience time.Duration) bool {
+// end sends SIGTERM, waits for at most so long, and kills what is left; it tells whether none is. With a terminal
+// SIGHUP goes along: a shell that talks with somebody ignores SIGTERM.
+func (t *tree) end(patience time.Duration, terminal bool) bool {
 	if patience > 0 && len(t.pids()) > 0 {
 		t.signal(syscall.SIGTERM)
+		if terminal {
+			t.signal(syscall.SIGHUP)
+		}
 		t.signal(syscall.SIGCONT) // one that is stopped would not see it
 		for deadline := time.Now().Add(patience); len(t.pids()) > 0 && time.Now().Before(deadline); {
 			time.Sleep(20 * time.Millisecond)

@@ -208,6 +208,20 @@ def test_a_pty_has_a_size_and_takes_ctrl_d(endpoint: Endpoint) -> None:
         sessions.remove(endpoint, "it", force=True)
 
 
+def test_a_shell_at_a_terminal_need_not_be_killed(endpoint: Endpoint) -> None:
+    process = ExecRequest([b"bash", b"--norc", b"-i"], tty=(24, 80, "dumb"))
+    sessions.start(endpoint, SessionRequest("it", process, stdin_mode="pty"))
+    try:
+        with sessions.attach(endpoint, "it", read_only=True, stdout=0) as attached:
+            got = b""
+            while b"$ " not in got and b"# " not in got:
+                got += attached.receive(timeout_s=WAIT_S)[1]
+        stopped = sessions.stop(endpoint, "it", grace_s=WAIT_S)
+        assert ExitStatus(None, 1) == stopped.exit  # SIGHUP
+    finally:
+        sessions.remove(endpoint, "it", force=True)
+
+
 def test_whoever_watches_is_told_of_a_removal(endpoint: Endpoint) -> None:
     with (
         session(endpoint, b"sleep", b"1000"),
