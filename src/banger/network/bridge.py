@@ -27,7 +27,8 @@ from banger.network.plan import Bridge, Port
 
 HELPER_NAME = "banger-net-helper"
 _HELPER_MODULE = "banger.network.helper"
-_HELPER_TIMEOUT_S = 10  # the helper bounds itself to 9
+# The helper bounds itself to a second less. An emulated host that boots machines has taken 12 s.
+_HELPER_TIMEOUT_S = 30
 _NO_RESOLVED_STATUS = 3  # the helper's exit status on a host without systemd-resolved
 _WITHOUT_ROOT = "leave --network bridge out: the user network needs no root"
 
