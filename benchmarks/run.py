@@ -185,13 +185,13 @@ def workspace_rows(user: Sandbox) -> Iterator[Row]:
     repo = make_repository(user.root / "many")
     config = user.home / ".ssh" / "config"
 
-    from banger.services import workspaces
+    from banger.services import workspace_sync, workspaces
 
     endpoint = _endpoint(user, "bench")
 
     def ours() -> None:
         found = workspaces.open_workspace(str(repo))
-        agent.put_tar(endpoint, b"/root", workspaces.iter_tar(found))
+        agent.put_tar(endpoint, b"/root/many", workspace_sync.iter_copy(found))
 
     def peer() -> None:
         line = (

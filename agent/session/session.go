@@ -243,10 +243,14 @@ func (x *session) supervise(child *exec.Child) {
 
 // follow sees one run of the process to its end and to the end of what it says.
 func (x *session) follow(child *exec.Child) exec.ExitBody {
+	var pumps, feeding sync.WaitGroup
 	if child.Input != nil {
-		go x.feed(child)
+		feeding.Add(1)
+		go func() {
+			defer feeding.Done()
+			x.feed(child)
+		}()
 	}
-	var pumps sync.WaitGroup
 	files := []*os.File{child.Stdout, child.Stderr}
 	drains := make([]exec.Drain, len(files))
 	for i, file := range files {
@@ -273,6 +277,7 @@ func (x *session) follow(child *exec.Child) exec.ExitBody {
 	}
 	pumps.Wait()
 	child.Close()
+	feeding.Wait() // its last word on what was taken comes before that of the end
 	if err != nil {
 		unknown := 255
 		return exec.ExitBody{Code: &unknown}
@@ -360,7 +365,7 @@ func (x *session) feed(child *exec.Child) {
 		}
 		data := x.queue[0].data
 		x.queue = x.queue[1:]
-		closed := x.closed
+		closed, lost := x.closed, false
 		x.mutex.Unlock()
 		switch {
 		case closed:
@@ -371,28 +376,30 @@ func (x *session) feed(child *exec.Child) {
 		default:
 			if _, err := child.Input.Write(data); err != nil {
 				closed = true // a reader that is gone takes nothing, yet nobody must get stuck
-				x.waitForEnd(child)
+				lost = x.ends(child)
 			}
 		}
 		x.mutex.Lock()
 		if x.child == child {
 			x.closed = closed || (data == nil && child.Master == nil)
-			x.taken(len(data))
-		} else {
+		}
+		if lost {
 			x.lost += len(data)
+		} else {
+			x.taken(len(data))
 		}
 		x.mutex.Unlock()
 	}
 }
 
-// waitForEnd tells a process that has closed its input from one that is ending: that is known a little later.
-func (x *session) waitForEnd(child *exec.Child) {
-	for deadline := time.Now().Add(endingGrace); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+// ends tells a process that is ending from one that has closed its input: that is known a little later.
+func (x *session) ends(child *exec.Child) bool {
+	for deadline := time.Now().Add(endingGrace); ; time.Sleep(5 * time.Millisecond) {
 		x.mutex.Lock()
 		gone := x.child != child
 		x.mutex.Unlock()
-		if gone {
-			return
+		if gone || time.Now().After(deadline) {
+			return gone
 		}
 	}
 }

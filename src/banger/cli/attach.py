@@ -12,6 +12,7 @@ import select
 import signal
 import stat
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import FrameType
 
@@ -86,12 +87,14 @@ class _Output:
         del self.pending[:written]
 
 
-class Pump:
+class Pump(ABC):
     """Joins a stream with our descriptors until its end.
 
     What differs between what may be attached to is in the methods of a subclass: other frames, the
     end of our input, what is typed, and signals.
     """
+
+    passes_end = True  # whether the end of our input is the process's
 
     def __init__(
         self,
@@ -113,28 +116,23 @@ class Pump:
         self.sending = bytearray()
         self.status: ExitStatus | None = None
         self.over = False
+        self.end = b""  # what was said at the end
         self.left = False
         self.kept = 0  # bytes of our input that `filter_input` holds back
         self.wake_fd = -1
         self.received: list[int] = []
 
+    @abstractmethod
     def take_other(self, kind: int, payload: bytes) -> None:
         """Take a frame that is neither output nor credit nor an end."""
-        raise NotImplementedError
 
-    def take_end(self, payload: bytes) -> None:
-        """Take what is said at the end."""
-
+    @abstractmethod
     def take_signal(self, number: int) -> None:
         """Do what one of our signals is to do; `leave` ends the pump."""
-        raise NotImplementedError
 
     def filter_input(self, data: bytes) -> bytes:
         """Return what of our input goes to the process."""
         return data
-
-    def end_input(self) -> None:
-        """Do what the end of our input is to do."""
 
     def leave(self, status: ExitStatus | None) -> None:
         """Stop here, whatever the process does."""
@@ -182,7 +180,7 @@ class Pump:
                 self.stdin_fd = None
             elif kind == frames.END:
                 self.over = True
-                self.take_end(payload)
+                self.end = payload
             elif kind == frames.ERROR:
                 raise agent_error(payload)
             else:
@@ -238,7 +236,8 @@ class Pump:
             data = b""
         if not data:
             self.stdin_fd = None
-            self.end_input()
+            if self.passes_end:
+                self.sending += frames.encode(frames.STDIN_EOF)
         elif data := self.filter_input(data):
             self.credit -= len(data)
             self.sending += frames.encode(frames.STDIN, data)
@@ -271,9 +270,6 @@ class _ExecPump(Pump):
             raise frames.ProtocolError(f"the agent sent frame 0x{kind:02x} in an exec")
         if self.on_started is not None:
             self.on_started()
-
-    def end_input(self) -> None:
-        self.sending += frames.encode(frames.STDIN_EOF)
 
     def take_signal(self, number: int) -> None:
         if number == signal.SIGINT:

@@ -146,6 +146,8 @@ class Missed:
 class _SessionPump(Pump):
     """A session: our end of input and our signals are not its."""
 
+    passes_end = False
+
     def __init__(self, attachment: Attachment, *, read_only: bool, begin: tuple[int, int]) -> None:
         session = attachment.session
         reads = session.takes_input and not read_only
@@ -156,7 +158,6 @@ class _SessionPump(Pump):
             outputs=(1, 2),
             credit=attachment.credit,
         )
-        self.last: sessions.Session | None = None
         self.detachable = self.tty and os.isatty(0)
         self._held = b""
         self._missed = Missed(session, begin)
@@ -170,8 +171,12 @@ class _SessionPump(Pump):
         else:
             raise frames.ProtocolError(f"the agent sent frame 0x{kind:02x} in a session")
 
-    def take_end(self, payload: bytes) -> None:
-        self.last = sessions.parse_session(frames.decode_object(payload).get("session"))
+    @property
+    def last(self) -> sessions.Session | None:
+        """The session at its end; None when it goes on."""
+        if not self.over:
+            return None
+        return sessions.parse_session(frames.decode_object(self.end).get("session"))
 
     def _say(self, text: str) -> None:
         # Behind what of stderr is on its way; a raw terminal returns the carriage for nobody.

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import socket
 import stat
-import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -109,34 +107,21 @@ def _start(context: Context, target: Target, directory: str) -> None:
     """Start the process, which lives on by itself, and return once it serves."""
     import json
 
-    from banger.guest.transport import endpoint_to_wire, wait_for
+    from banger.guest.carrier import start_beside
+    from banger.guest.transport import endpoint_to_wire
 
     vm = target.connection["vm"]
     if vm["pid"] is None:
         raise Unavailable(f"{target.vm} does not run")
-    child = subprocess.Popen(
-        [
-            *(sys.executable, "-I", "-m", "banger.guest.session_sockets"),
-            *("--mark", mark_of(context, vm["id"])),
-            *("--pid", str(vm["pid"])),
-            *("--endpoint", json.dumps(endpoint_to_wire(target.endpoint))),
-            directory,
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    with child.stdout as said:
-        line = ""
-        if wait_for(said.fileno(), select.POLLIN, _START_TIMEOUT_S):
-            line = said.readline(500).decode(errors="replace").strip()
-    if line != "ready":
-        child.kill()
-        child.wait()
-        raise Unavailable(
-            line.removeprefix("banger-sessions: ") or "the process for it did not start"
-        )
+    argv = [
+        *(sys.executable, "-I", "-m", "banger.guest.session_sockets"),
+        *("--mark", mark_of(context, vm["id"])),
+        *("--pid", str(vm["pid"])),
+        *("--endpoint", json.dumps(endpoint_to_wire(target.endpoint))),
+        directory,
+    ]
+    child, said = start_beside(argv, _START_TIMEOUT_S)
+    if child is None:
+        raise Unavailable(f"the process for it did not start: {said}")
     # Not ours to wait for any more: it ends with the VM, and init reaps it.
     child.returncode = 0

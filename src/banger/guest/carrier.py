@@ -15,6 +15,7 @@ import os
 import resource
 import select
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from ipaddress import IPv4Address
 
 from banger.errors import BangerError
 from banger.guest import agent
-from banger.guest.transport import Endpoint, VirtioSerial, endpoint_from_wire
+from banger.guest.transport import Endpoint, VirtioSerial, endpoint_from_wire, wait_for
 from banger.network.publish import Forward, parse_publish
 
 _CHUNK_BYTES = 256 << 10
@@ -193,6 +194,33 @@ def serve(forwards: list[Forward], carrier: Carrier, pid: int) -> None:
         carrier.listen(forward)
     say_ready()
     carrier.run(ended)
+
+
+def start_beside(argv: list[str], timeout_s: float) -> tuple[subprocess.Popen[bytes] | None, str]:
+    """Start a process like this one, which lives on by itself; return it once it says it is ready.
+
+    Else None, and its last words. Not asyncio's: that one kills what it started when its handle
+    goes.
+    """
+    child = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    with child.stdout as said:
+        line = ""
+        if wait_for(said.fileno(), select.POLLIN, timeout_s):
+            line = said.readline(500).decode(errors="replace").strip()
+    if line == "ready":
+        return child, line
+    child.kill()
+    child.wait()
+    # As main says it: its program's name, and why.
+    words = line.partition(": ")[2] if line.startswith("banger-") else line
+    return None, words or "it did not answer"
 
 
 def say_ready() -> None:

@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-import select
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -19,7 +18,8 @@ from ipaddress import IPv4Address
 
 from banger.errors import BangerError, Conflict, InvalidInput, VmmFailed, nearest
 from banger.guest.boot import GuestNetwork
-from banger.guest.transport import Endpoint, endpoint_to_wire, wait_for
+from banger.guest.carrier import start_beside
+from banger.guest.transport import Endpoint, endpoint_to_wire
 from banger.host.commands import HostCommands
 from banger.host.process import ProcessIdentity, end_by_argument
 from banger.network import usermode
@@ -161,33 +161,10 @@ class NetworkService:
             *to,
             *(str(forward) for forward in forwards),
         ]
-        said = await asyncio.to_thread(self._start_carrier, argv)
-        if said != "ready":
+        carrier, said = await asyncio.to_thread(start_beside, argv, _CARRIER_START_TIMEOUT_S)
+        if carrier is None:
             raise VmmFailed(f"the ports of {row.name} could not be published: {said}")
-
-    def _start_carrier(self, argv: list[str]) -> str:
-        """Start a carrier and return its first line; it lives on when it is `ready`.
-
-        Not asyncio's: that one kills what it started when its handle goes.
-        """
-        carrier = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        assert carrier.stdout is not None
-        with carrier.stdout as said:
-            line = ""
-            if wait_for(said.fileno(), select.POLLIN, _CARRIER_START_TIMEOUT_S):
-                line = said.readline(500).decode(errors="replace").strip()
-        if line == "ready":
-            self._carriers[carrier.pid] = carrier
-            return line
-        carrier.kill()
-        carrier.wait()
-        return line.removeprefix("banger-carrier: ") or "the carrier did not answer"
+        self._carriers[carrier.pid] = carrier
 
     async def leave(self, row: VmRow, mark: str) -> None:
         """Take a VM that has ended off its network; idempotent."""

@@ -219,11 +219,12 @@ def tar_file(
     that grows is cut, each with a warning. `note` is told what the header says.
     """
     if note is not None:
+        entry = entry_of(found)
         if time.time_ns() - found.st_mtime_ns < _TICK_NS:
-            # Who writes to it from here on leaves another mtime than the one we note.
-            time.sleep(_TICK_NS / 1e9)
-            found = os.fstat(fd)
-        note(name, entry_of(found))
+            # Who writes to it now may leave the same mtime: noted as another, it is sent again
+            # (as git's index has it, "racily clean"). Its second, which the guest has, stays.
+            entry = entry._replace(mtime_ns=entry.mtime_ns ^ 1)
+        note(name, entry)
     size = found.st_size
     yield tar_header(name, b"0", mode=found.st_mode, size=size, mtime=int(found.st_mtime))
     left = size
@@ -370,23 +371,6 @@ class DirectoryStack:
 
 
 # -- the stream
-
-
-def iter_tar(workspace: Workspace, *, warn: Warn = lambda _: None) -> Iterator[bytes]:
-    """Yield a tar of the repository in one pass; every name is below `workspace.name`.
-
-    Made for extraction in `GUEST_HOME`. `warn` is told of each file left out or changed
-    meanwhile.
-    """
-    prefix = os.fsencode(workspace.name)
-
-    def pieces() -> Iterator[bytes]:
-        for found in walk(workspace, warn=warn):
-            name = b"%b/%b" % (prefix, found.name) if found.name else prefix
-            yield from tar_found(found, name, warn)
-        yield TAR_END
-
-    return batched(pieces())
 
 
 def tar_found(found: Found, name: bytes, warn: Warn, note: Note | None = None) -> Iterator[bytes]:

@@ -22,6 +22,7 @@ import pytest
 from banger.guest import carrier
 from banger.guest.boot import agent_binary
 from banger.network.publish import Forward, check_free
+from tests.support.listeners import served
 from tests.support.ports import free_port
 
 WAIT_S = 30.0
@@ -80,32 +81,9 @@ def _start(*words: str, limit: int = 0) -> subprocess.Popen[bytes]:
 def guest(talk: Callable[[socket.socket], None]) -> Iterator[int]:
     """A server in the guest's place; each connection is `talk`'s in a thread."""
     server = socket.create_server(("127.0.0.1", 0), backlog=512)
-    threads: list[threading.Thread] = []
-
-    def run(connection: socket.socket) -> None:
-        connection.settimeout(WAIT_S)
-        with connection, contextlib.suppress(OSError):
-            talk(connection)
-
-    def accept() -> None:
-        while True:
-            try:
-                connection = server.accept()[0]
-            except OSError:
-                return
-            threads.append(threading.Thread(target=run, args=(connection,), daemon=True))
-            threads[-1].start()
-
-    accepting = threading.Thread(target=accept, daemon=True)
-    accepting.start()
-    try:
-        yield server.getsockname()[1]
-    finally:
-        with contextlib.suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        accepting.join(WAIT_S)
-        assert not accepting.is_alive()
+    port = server.getsockname()[1]
+    with served(server, talk):
+        yield port
 
 
 def _echo(connection: socket.socket) -> None:

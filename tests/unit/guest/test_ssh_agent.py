@@ -28,6 +28,7 @@ from banger.guest.ssh_agent import (
     message_of,
 )
 from banger.guest.transport import UnixListener
+from tests.support.listeners import Talk, served
 
 WAIT_S = 20.0
 LIST = message_of(11)
@@ -94,37 +95,14 @@ def directory() -> Iterator[Path]:
         yield Path(made)
 
 
-Talk = Callable[[socket.socket], object]
-
-
 @contextlib.contextmanager
 def listening(path: Path, talk: Talk) -> Iterator[str]:
     """A listener; each connection is `talk`'s in a thread."""
     server = socket.socket(socket.AF_UNIX)
     server.bind(str(path))
     server.listen(64)
-
-    def one(connection: socket.socket) -> None:
-        connection.settimeout(WAIT_S)
-        with connection, contextlib.suppress(OSError):
-            talk(connection)
-
-    def accept() -> None:
-        while True:
-            try:
-                connection = server.accept()[0]
-            except OSError:
-                return
-            threading.Thread(target=one, args=(connection,), daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
+    with served(server, talk):
         yield str(path)
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join(WAIT_S)
 
 
 def read(connection: socket.socket, size: int) -> bytes:
