@@ -50,11 +50,14 @@ func loadOutput(prefix string, limit int64) *output {
 		o.segments = append(o.segments, &segment{start, start + info.Size(), []mark{{info.ModTime().Unix(), start + info.Size()}}})
 	}
 	sort.Slice(o.segments, func(i, j int) bool { return o.segments[i].start < o.segments[j].start })
-	for i, s := range o.segments {
-		if i > 0 && s.start < o.segments[i-1].end { // nothing that we wrote
-			o.segments = o.segments[i:]
+	kept := o.segments[:0]
+	for _, s := range o.segments {
+		if n := len(kept); n > 0 && s.start < kept[n-1].end {
+			kept = kept[:0] // nothing that we wrote: the newest counts
 		}
+		kept = append(kept, s)
 	}
+	o.segments = kept
 	if n := len(o.segments); n > 0 {
 		o.end = o.segments[n-1].end
 	}

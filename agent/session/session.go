@@ -430,16 +430,16 @@ func (x *session) end(reason string, patience time.Duration) error {
 		return nil
 	default:
 	}
-	whole := x.tree.end(patience, x.body.StdinMode == "pty")
-	select {
-	case <-x.done:
-	case <-time.After(stuckLimit):
-		whole = false
+	// Again: a restart may have been under way.
+	for deadline := time.Now().Add(patience + stuckLimit); time.Now().Before(deadline); patience = 0 {
+		x.tree.end(patience, x.body.StdinMode == "pty")
+		select {
+		case <-x.done:
+			return nil
+		case <-time.After(endingGrace):
+		}
 	}
-	if !whole {
-		return stream.Failed("io", "a process of the session %s does not end", x.body.Name)
-	}
-	return nil
+	return stream.Failed("io", "a process of the session %s does not end", x.body.Name)
 }
 
 func newSession(directory string, b body) *session {

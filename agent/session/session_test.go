@@ -90,6 +90,34 @@ func TestOutputGoesOnWhereNothingCanBeWritten(t *testing.T) {
 	}
 }
 
+func TestSegmentsThatNobodyWroteEndNobody(t *testing.T) {
+	prefix := filepath.Join(t.TempDir(), "stdout")
+	for name, content := range map[string]string{"0": "long one", "3": "in it", "5": "and another", "x": "", "-1": "y"} {
+		if err := os.WriteFile(prefix+"."+name, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o := loadOutput(prefix, minLimit)
+	data, missed := readAll(t, &reader{of: o})
+	if string(data) != "and another" || missed != 5 || o.end != 16 {
+		t.Fatalf("%q after %d, to %d", data, missed, o.end)
+	}
+}
+
+func TestEndsWhileItBeginsAgain(t *testing.T) {
+	for i := 0; i < 8; i++ {
+		x := newTest(t, "on-failure", "sh", "-c", "exit 1")
+		waitFor(t, x, func() bool { return x.snapshot().State == restarting })
+		time.Sleep(time.Duration(470+8*i) * time.Millisecond)
+		if err := x.end("stopped", time.Second); err != nil {
+			t.Fatal(err)
+		}
+		if b := x.snapshot(); b.State != ended || b.Reason != "stopped" {
+			t.Fatalf("%+v", b)
+		}
+	}
+}
+
 func TestOutputAtASecond(t *testing.T) {
 	o := &output{prefix: filepath.Join(t.TempDir(), "stdout"), limit: minLimit}
 	o.add([]byte("before"))

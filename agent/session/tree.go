@@ -63,8 +63,9 @@ func hierarchy() string {
 
 // tree is all processes of a session: a cgroup, or where there are none a session (setsid).
 type tree struct {
-	group string // path of the cgroup; "" for none
-	sid   int64  // atomic
+	group   string // path of the cgroup; "" for none
+	outside int32  // atomic: not 0 when a process could not begin in it
+	sid     int64  // atomic
 }
 
 func newTree(id string) *tree {
@@ -90,7 +91,10 @@ func (t *tree) within() (leave func()) {
 			own = line[len("0::"):]
 		}
 	}
-	move(t.group)
+	if !move(t.group) {
+		atomic.StoreInt32(&t.outside, 1)
+		return func() {}
+	}
 	return func() {
 		if !move(hierarchy() + own) {
 			move(hierarchy())
@@ -111,14 +115,14 @@ func write(path, text string) bool {
 }
 
 func (t *tree) pids() []int {
-	if t.group == "" {
-		sid := atomic.LoadInt64(&t.sid)
-		if sid == 0 {
-			return nil
-		}
-		return exec.SessionPids(int(sid))
+	var pids []int
+	if t.group != "" {
+		pids = groupPids(t.group)
 	}
-	return groupPids(t.group)
+	if sid := atomic.LoadInt64(&t.sid); sid != 0 && (t.group == "" || atomic.LoadInt32(&t.outside) != 0) {
+		pids = append(pids, exec.SessionPids(int(sid))...)
+	}
+	return pids
 }
 
 func groupPids(group string) (pids []int) {
@@ -170,7 +174,7 @@ func (t *tree) end(patience time.Duration, terminal bool) bool {
 			return true
 		}
 		killed := false
-		if t.group != "" {
+		if t.group != "" && atomic.LoadInt32(&t.outside) == 0 {
 			exec.WithoutSpawn(func() { killed = write(t.group+"/cgroup.kill", "1") }) // Linux 5.14
 		}
 		if !killed {
