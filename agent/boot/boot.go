@@ -15,7 +15,7 @@ import (
 )
 
 const (
-	driveWait  = 10 * time.Second
+	driveWait  = 30 * time.Second
 	readyWait  = 2 * time.Second
 	readyFD    = 3
 	clockSlack = 2 * time.Second
@@ -254,12 +254,12 @@ func mountDisks(config *Config) error {
 		if err != nil {
 			return err
 		}
-		for deadline := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
+		for deadline := time.Now().Add(driveWait); ; time.Sleep(5 * time.Millisecond) {
 			err := syscall.Mount(device, target, "ext4", flags, "")
 			if err == nil {
 				return nil
 			}
-			// A disk has its node a moment before it can be opened.
+			// A disk has its node a moment before it can be opened; on a host that emulates an emulator over a second.
 			if err != syscall.ENXIO && err != syscall.ENODEV && err != syscall.ENOENT || time.Now().After(deadline) {
 				return fmt.Errorf("%s (%s) on %s: %w", device, spec, target, err)
 			}
