@@ -30,6 +30,7 @@ import pytest
 
 from banger.errors import VmmFailed
 from banger.events import NullSink
+from banger.host import process as processes
 from banger.host.commands import HostCommands
 from banger.host.process import find_by_argument
 from banger.services.reconcile import reconcile
@@ -71,10 +72,15 @@ pytestmark = [
 
 @pytest.fixture
 def root() -> Iterator[Path]:
-    """A short directory on the disk; a process left over with it in its words fails the test."""
+    """A short directory on the disk; a process left over with it in its words fails the test.
+
+    Who keeps a console's log, or the shell's child that has yet to become `ip`, ends by itself.
+    """
     with tempfile.TemporaryDirectory(prefix="bng-") as name:
         yield Path(name)
-        left = find_by_argument(name)
+        deadline = time.monotonic() + 10
+        while (left := find_by_argument(name)) and time.monotonic() < deadline:
+            time.sleep(0.02)
         for process in left:
             process.kill()
         assert left == []
@@ -887,6 +893,51 @@ def test_a_jailed_start_cancelled_at_any_time_leaves_nothing(
 
     with nothing_left(spec):
         in_namespaces(CLONE_NEWNS, body)
+
+
+@needs_root
+async def test_a_jailed_start_cancelled_while_its_chroot_is_made_leaves_nothing(
+    real: tuple[Path, Path], spec: VmSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    place = firecracker._place
+
+    def slow(*args: Any) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        time.sleep(0.5)  # a busy disk
+        return place(*args)
+
+    monkeypatch.setattr(firecracker, "_place", slow)
+    spec = replace(spec, jail_uid=JAIL_UID)
+    with nothing_left(spec):
+        task = asyncio.create_task(adapter(*real).start(spec))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+@needs_root
+async def test_what_has_no_command_line_yet_does_not_survive_a_start_that_failed(
+    real: tuple[Path, Path], spec: VmSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within execve(2) it has none; on a host that stands still that may take long."""
+    find = processes.find_by_argument
+
+    def blind(fragment: str) -> list[processes.ProcessIdentity]:
+        return [one for one in find(fragment) if one not in processes.find_by_uid(JAIL_UID)]
+
+    async def refuse(*_: Any) -> None:
+        assert [one for one in find(spec.mark) if one not in blind(spec.mark)]
+        raise VmmFailed("refused")
+
+    monkeypatch.setattr(processes, "find_by_argument", blind)
+    monkeypatch.setattr(firecracker, "_configure", refuse)
+    spec = replace(spec, jail_uid=JAIL_UID)
+    with nothing_left(spec):
+        with pytest.raises(VmmFailed, match="refused"):
+            await adapter(*real).start(spec)
 
 
 @needs_root

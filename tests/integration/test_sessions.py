@@ -625,13 +625,31 @@ def test_raw_bytes_go_both_ways_through_a_socket(guest: Guest) -> None:
 
 
 def test_what_a_program_sent_before_it_left_arrives(guest: Guest) -> None:
-    data = bytes(range(256)) * 3000
+    # More than may wait for the process; less than fits in between when, as here, nobody reads
+    # what it says (600 KB to 800 KB).
+    data = bytes(range(256)) * 1200
     guest.begin("cat", "cat")
     with guest.connect("cat", b"") as program:
         program.write(data)
     guest.until("cat", lambda session: session.stdout.end == len(data))
     with guest.connect("cat", b'{"read_only":true,"from":{"stdout":5}}') as viewer:
         assert viewer.read(len(data) - 5) == data[5:]
+
+
+def test_what_a_slow_process_still_takes_is_not_cut_off(guest: Guest) -> None:
+    """The program is gone for longer than its bytes may stand still; these never do."""
+    count = 600_000
+    guest.begin("slow", sys.executable, "-u", "-c", (
+        "import os, time\n"
+        "n = 0\n"
+        "for _ in range(5): time.sleep(3); n += len(os.read(0, 40960))\n"
+        f"while n < {count}: n += len(os.read(0, 65536))\n"
+        "print(n)"
+    ))  # fmt: skip
+    with guest.connect("slow", b"") as program:
+        program.write(bytes(count))
+    guest.until("slow", lambda session: session.stdout.end > 0)
+    assert guest.ok("logs", "box", "slow") == b"%d\n" % count
 
 
 def test_signal_size_and_end_of_input_through_a_socket(guest: Guest) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,8 @@ from banger.errors import CommandFailed, NoSpace, TimedOut, Unavailable
 from banger.host import files
 from banger.host.commands import HostCommands
 from banger.host.locks import try_lock
-from banger.host.process import ProcessIdentity, find_by_argument
+from banger.host.process import ProcessIdentity, end_by_uid, find_by_argument, find_by_uid
+from banger.host.threads import run_uncut
 from banger.paths import Paths, find_paths, make_runtime_dir
 
 
@@ -121,6 +124,42 @@ def test_processes_are_found_by_a_fragment_of_their_command_line() -> None:
     assert [identity.pid for identity in found] == [child.pid]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+async def test_processes_of_a_uid_are_found_and_ended() -> None:
+    uid = 1_800_000_007  # nobody's
+    child = subprocess.Popen(["sleep", "60"], user=uid)
+    try:
+        assert [found.pid for found in find_by_uid(uid)] == [child.pid]
+        assert find_by_uid(uid // 10) == []
+        await end_by_uid(uid)
+        assert child.poll() == -signal.SIGKILL
+        await end_by_uid(uid)  # nobody is left
+    finally:
+        child.kill()
+        child.wait()
+
+
+async def test_work_in_a_thread_is_waited_for_though_its_caller_is_cancelled_twice() -> None:
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(10)
+        done.set()
+        raise ValueError("nobody asks for it")
+
+    task = asyncio.create_task(run_uncut(work))
+    await asyncio.to_thread(begun.wait, 10)
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert done.is_set()
+
+
 async def test_a_failing_command_shows_its_last_line() -> None:
     with pytest.raises(CommandFailed, match=r"sh failed with status 3: the reason"):
         await HostCommands().run(["sh", "-c", "echo noise >&2; echo the reason >&2; exit 3"])
@@ -148,6 +187,23 @@ async def test_a_cancelled_command_is_ended() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert find_by_argument(mark) == []
+
+
+async def test_pipes_that_a_daemon_holds_are_closed_with_the_command() -> None:
+    def pipes() -> list[str]:
+        found = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        return sorted(path for path in found if "pipe:" in path)
+
+    await HostCommands().run(["true"])  # asyncio's own are there from now on
+    before = pipes()
+    mark = f"{time.time_ns()}"
+    script = f"setsid sleep 3600.{mark} & sleep 60"
+    with pytest.raises(TimedOut):
+        await HostCommands().run(["sh", "-c", script], timeout_s=0.3)
+    await asyncio.sleep(0)
+    (left,) = find_by_argument(mark)
+    left.kill()
+    assert pipes() == before
 
 
 async def test_stdin_and_stdout_are_binary_safe() -> None:

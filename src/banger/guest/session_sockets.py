@@ -42,7 +42,7 @@ _LINE_BYTES = 4096
 _LINE_TIMEOUT_S = 10.0
 _QUEUE_BYTES = 256 << 10
 _READ_BYTES = 64 << 10
-# A program that has sent its last and left: so long its bytes may wait for the process.
+# A program that has sent its last and left: so long may pass before the process takes more of it.
 _LAST_BYTES_S = 10.0
 _MAX_POSITION = 1 << 62
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)
@@ -309,6 +309,8 @@ class _Joint:
                     return
                 attachment.write(part)
                 del self._input[: len(part)]
+                if self._gone_at is not None:
+                    self._gone_at = time.monotonic()  # a slow process is not one that takes nothing
                 continue
             frame = None if self._raw else self._decoder.next_frame()
             if frame is None:

@@ -105,11 +105,14 @@ class HostCommands:
                     _tail(process.stderr),
                 )
                 status = await process.wait()
-        except TimeoutError as error:
+        except BaseException as error:
             await kill_group(process)
-            raise TimedOut(f"{argv[0]} did not finish within {timeout_s:.0f} s") from error
-        except BaseException:
-            await kill_group(process)
+            # A child that has left the group (pasta becomes a daemon) may hold our pipes, and
+            # asyncio keeps them open until it ends; only its transport can be told otherwise.
+            process._transport.close()  # type: ignore[attr-defined]
+            if isinstance(error, TimeoutError):
+                message = f"{argv[0]} did not finish within {timeout_s:.0f} s"
+                raise TimedOut(message) from error
             raise
         completed = Completed(tuple(argv), status, out, tail.decode(errors="replace"))
         if check and status != 0:

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -127,9 +128,17 @@ async def end_by_argument(fragment: str, *, timeout_s: float = 10.0) -> None:
     A killed process is gone within milliseconds, one that waits for its disk is not, hence
     `timeout_s`.
     """
+    await _end_found(partial(find_by_argument, fragment), timeout_s)
+
+
+async def end_by_uid(uid: int, *, timeout_s: float = 10.0) -> None:
+    """Kill the processes of a uid that is one VM's alone, and wait until they are gone."""
+    await _end_found(partial(find_by_uid, uid), timeout_s)
+
+
+async def _end_found(find: Callable[[], list[ProcessIdentity]], timeout_s: float) -> None:
     for _ in range(_LOOKS):
-        found = await asyncio.to_thread(find_by_argument, fragment)
-        ours = [process for process in found if process.may_signal()]
+        ours = [process for process in await asyncio.to_thread(find) if process.may_signal()]
         if not ours:
             return
         await end_all(ours, timeout_s=timeout_s)
@@ -152,12 +161,30 @@ def find_by_argument(fragment: str) -> list[ProcessIdentity]:
     looks like root's.
     """
     wanted = os.fsencode(fragment)
+    return _find("cmdline", lambda text: wanted in text)
+
+
+def find_by_uid(uid: int) -> list[ProcessIdentity]:
+    """Return the processes that have `uid`, be it the real, effective, saved or file system's."""
+    wanted = b"%d" % uid
+
+    def has_it(text: bytes) -> bool:
+        # "Uid:" and the four numbers (proc_pid_status(5)); the owner of /proc/PID is root where
+        # a process is not dumpable.
+        line = text.partition(b"\nUid:")[2].partition(b"\n")[0]
+        return wanted in line.split()
+
+    return _find("status", has_it)
+
+
+def _find(file: str, matches: Callable[[bytes], bool]) -> list[ProcessIdentity]:
+    """Return the processes but our own of whose file in /proc `matches` is true."""
     found = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if wanted in Path(entry.path, "cmdline").read_bytes():
+            if matches(Path(entry.path, file).read_bytes()):
                 identity = ProcessIdentity.of(int(entry.name))
                 if identity is not None:
                     found.append(identity)

@@ -32,14 +32,14 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from banger.errors import Corrupted, InvalidInput, NoSpace
 from banger.host.files import fsync_directory, make_private_directory, no_space_named
+from banger.host.threads import run_uncut
 from banger.images.oci import BlobFile
 from banger.types import format_size
 
-_T = TypeVar("_T")
 _ALGORITHMS = {"sha256": 64, "sha512": 128}
 _PARTIAL = ".partial"
 _FILE_NAME = re.compile(r"([0-9a-f]+)(\.partial)?")
@@ -82,12 +82,12 @@ class Partial:
             raise Corrupted(
                 f"{short(self.digest)} is longer than the {self.wanted_bytes} bytes it should have"
             )
-        await in_thread(lambda: self._write(data))
+        await run_uncut(self._write, data)
         self._reached(self.size_bytes)
 
     async def restart(self) -> None:
         """Forget everything there is."""
-        await in_thread(lambda: os.ftruncate(self._fd, 0))
+        await run_uncut(os.ftruncate, self._fd, 0)
         self._hash = _new_hash(self.digest)
         self.size_bytes = 0
 
@@ -151,7 +151,7 @@ class BlobCache:
 
     async def list(self) -> _CachedBlobs:
         """Return what there is, the least recently used first."""
-        return await in_thread(lambda: [blob for _, blob in self._entries(probe=True)])
+        return await run_uncut(lambda: [blob for _, blob in self._entries(probe=True)])
 
     async def evict(self) -> int:
         """Remove the least recently used blobs down to the limit; return the bytes freed.
@@ -159,14 +159,14 @@ class BlobCache:
         What is in use stays, and so may more than the limit. Partials that nobody went on with
         for a week go in any case.
         """
-        return await in_thread(lambda: self._shrink(self._limit_bytes, _STALE_PARTIAL_S))
+        return await run_uncut(self._shrink, self._limit_bytes, _STALE_PARTIAL_S)
 
     async def prune(self, *, all: bool = False) -> int:  # noqa: A002 - as the command has it
         """Remove every download that does not run, and evict; with `all` every blob not in use.
 
         Returns the bytes freed.
         """
-        return await in_thread(lambda: self._shrink(0 if all else self._limit_bytes, 0))
+        return await run_uncut(self._shrink, 0 if all else self._limit_bytes, 0)
 
     def _entries(self, *, probe: bool) -> _Entries:
         found: _Entries = []
@@ -220,7 +220,7 @@ class Pins:
         """Return a whole blob, its size and digest checked, or None. A damaged one is removed."""
         path = self._cache.path(digest)
         if digest not in self._held:
-            await in_thread(lambda: self._open(path, digest, size_bytes))
+            await run_uncut(self._open, path, digest, size_bytes)
         return BlobFile(path, 0, size_bytes) if digest in self._held else None
 
     def _open(self, path: Path, digest: str, size_bytes: int) -> None:
@@ -295,7 +295,7 @@ class Pins:
                     return
                 partial = Partial(fd, digest, size_bytes, meter.reached)
                 try:
-                    await in_thread(partial.load)
+                    await run_uncut(partial.load)
                     _check_room(whole.parent, size_bytes - partial.size_bytes)
                     meter.reached(partial.size_bytes)
                     yield partial
@@ -303,7 +303,7 @@ class Pins:
                     if isinstance(error, Corrupted) or os.fstat(fd).st_size == 0:
                         path.unlink()
                     raise
-                await in_thread(lambda: _commit(fd, path, whole))
+                await run_uncut(_commit, fd, path, whole)
             finally:
                 os.close(fd)
 
@@ -325,23 +325,6 @@ class Meter:
 def short(digest: str) -> str:
     """Return a digest for people."""
     return digest[: digest.find(":") + 13]
-
-
-async def in_thread(work: Callable[[], _T]) -> _T:
-    """Run `work` in a thread, and end only after it, also when cancelled.
-
-    What it writes to would else be closed, and its number reused, under its feet.
-    """
-    running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({running})
-        if not running.cancelled():
-            running.exception()  # nobody else will ask for it
-        raise
 
 
 async def _hold(path: Path, meter: Meter) -> int | None:

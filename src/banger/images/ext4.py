@@ -15,9 +15,9 @@ import secrets
 import tarfile
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import IO, Literal, ParamSpec, TypeVar
+from typing import IO, Literal
 
 from banger.errors import CommandFailed, Corrupted, InvalidInput, NoSpace
 from banger.events import EventSink, NullSink
@@ -30,10 +30,9 @@ from banger.host.files import (
     no_space_named,
 )
 from banger.host.locks import locked
+from banger.host.threads import run_uncut
 
 Strategy = Literal["tar", "stage"]
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 
 # Every time stamp mke2fs would take from the clock, and the limit mmdebstrap clamps to, so
 # that the same packages give the same bytes. 2023-06-10: the day Debian 12 came out.
@@ -143,7 +142,7 @@ async def build_ext4(
             tempfile.TemporaryDirectory(prefix="staged-", dir=work or output.parent) as directory,
             _opened(source) as stdin,
         ):
-            tree = await _to_thread_uncut(staged.stage_tar, stdin, Path(directory))
+            tree = await run_uncut(staged.stage_tar, stdin, Path(directory))
             sink.stage("writing the file system")
             await _mke2fs(
                 [*options, "-d", str(tree.root), str(output), f"{size_bytes // 1024}k"],
@@ -320,16 +319,3 @@ async def _growth_told(path: Path, sink: EventSink) -> AsyncIterator[None]:
 def _opened(source: Path | int) -> Iterator[IO[bytes]]:
     with open(source, "rb", closefd=not isinstance(source, int), buffering=0) as file:
         yield file
-
-
-async def _to_thread_uncut(
-    function: Callable[_Arguments, _Result], *arguments: _Arguments.args, **named: _Arguments.kwargs
-) -> _Result:
-    """Run in a thread; when cancelled, wait for the thread before the files go away."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with contextlib.suppress(Exception):
-            await task
-        raise

@@ -17,9 +17,9 @@ from banger.errors import Conflict, InvalidInput
 from banger.events import EventSink
 from banger.host.commands import HostCommands
 from banger.host.files import copy_sparse
+from banger.host.threads import run_uncut
 from banger.images import artifacts
 from banger.images.artifacts import ImageManifest
-from banger.images.blobcache import in_thread
 from banger.images.ext4 import check_ext4
 
 ROOTFS = "rootfs.ext4"
@@ -100,7 +100,7 @@ async def register_image(
             sink.stage(f"copying {source}")
             before = None
             checked = out / ROOTFS
-            await in_thread(lambda: copy_sparse(source, checked))
+            await run_uncut(copy_sparse, source, checked)
             # Again, and of what counts: the first may have been changed while it was copied.
             await asyncio.to_thread(check_superblock, checked)
         sink.stage("checking the file system")

@@ -14,6 +14,7 @@ from banger.errors import VmmFailed
 from banger.guest.boot import agent_binary
 from banger.host.commands import HostCommands
 from banger.host.process import ProcessIdentity
+from banger.host.threads import run_uncut
 
 # Enough for a long boot with every message, and for a panic behind a day of chatter.
 _CONSOLE_LIMIT_BYTES = 4 << 20
@@ -78,9 +79,10 @@ class Children:
         """
         # O_APPEND, so that trimming a log from outside works while it is written to.
         log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        starting = asyncio.create_task(
-            asyncio.to_thread(
-                subprocess.Popen,
+        started: list[subprocess.Popen[bytes]] = []
+
+        def start() -> subprocess.Popen[bytes]:
+            child = subprocess.Popen(
                 argv,
                 stdin=stdin,
                 stdout=log_fd if stdout is None else stdout,
@@ -91,22 +93,22 @@ class Children:
                 umask=0o077,
                 pass_fds=tuple(pass_fds),
             )
-        )
+            self._children[child.pid] = child
+            started.append(child)
+            return child
+
         try:
-            child = await asyncio.shield(starting)
+            # Uncut: who cancels must find neither a process that comes up behind its sweep, nor
+            # descriptors closed while they are inherited.
+            return await run_uncut(start)
         except asyncio.CancelledError:
-            # The thread goes on: who cancels must find neither a process that comes up behind
-            # its sweep, nor descriptors closed while they are inherited.
-            await asyncio.wait([starting])
-            if starting.exception() is None:
-                await self.end(starting.result())
+            for child in started:
+                await self.end(child)
             raise
         except OSError as error:
             raise VmmFailed(f"cannot start {argv[0]}: {error.strerror}") from error
         finally:
             os.close(log_fd)
-        self._children[child.pid] = child
-        return child
 
     async def end(self, child: subprocess.Popen[bytes]) -> None:
         """Kill and reap a child."""

@@ -24,7 +24,8 @@ from banger.errors import BangerError, Unavailable, VmmFailed
 from banger.guest.transport import Endpoint, HybridVsock, connect_unix, socket_path
 from banger.host.commands import HostCommands
 from banger.host.files import last_lines
-from banger.host.process import ProcessIdentity, end_by_argument
+from banger.host.process import ProcessIdentity, end_by_argument, end_by_uid
+from banger.host.threads import run_uncut
 from banger.network.usermode import start_pasta
 from banger.vmm import firecracker_api as api
 from banger.vmm import jail, launch
@@ -38,7 +39,6 @@ _PROBE_TIMEOUT_S = 10.0
 # Within execve(2) a process has no command line to know it by: microseconds, or the time its file
 # takes to be read.
 _EXEC_TIMEOUT_S = 1.0
-_EXEC_PAUSE_S = 0.02
 _API_SOCKET = "fc.sock"
 _VSOCK_SOCKET = "v.sock"
 _JAIL = "jail"
@@ -132,7 +132,7 @@ class Firecracker:
             if spec.metrics_log is not None:
                 spec.metrics_log.touch(mode=0o600)
             spec.vmm_log.touch(mode=0o600)
-            files = await asyncio.to_thread(_place, spec, executable)
+            files = await run_uncut(_place, spec, executable)
             check_socket_path(spec.runtime / _JAIL / _API_SOCKET)
             async with AsyncExitStack() as holders:
                 argv = _own_words(spec, executable, files)
@@ -142,8 +142,9 @@ class Firecracker:
         except BaseException as error:
             if child is not None:
                 await self._children.end(child)
-            await self.sweep(spec.id, spec.runtime, spec.directory)
-            await asyncio.sleep(_EXEC_PAUSE_S)
+            if spec.jail_uid is not None:
+                # What has left the jailer and is within execve(2) is known by its uid alone.
+                await end_by_uid(spec.jail_uid)
             await self.sweep(spec.id, spec.runtime, spec.directory)
             if isinstance(error, OSError):
                 raise VmmFailed(f"cannot prepare Firecracker's files: {error}") from error

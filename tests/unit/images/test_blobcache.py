@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from banger.errors import Corrupted, InvalidInput, NoSpace, Unavailable
-from banger.images import blobcache
 from banger.images.blobcache import BlobCache, Meter, Partial
 
 DATA = bytes(range(256)) * 4096
@@ -236,29 +235,6 @@ async def test_cancelled_download_is_kept_and_lets_go(cache: BlobCache) -> None:
         calls: list[int] = []
         await pins.obtain(DIGEST, len(DATA), feed(DATA, calls))
     assert calls == [1000]
-
-
-async def test_cancelled_work_of_a_thread_has_ended_before_the_caller_goes_on() -> None:
-    import threading
-
-    running, go, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def work() -> None:
-        running.set()
-        go.wait()
-        ended.set()
-
-    task = asyncio.create_task(blobcache.in_thread(work))
-    await asyncio.to_thread(running.wait)
-    task.cancel()
-    await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.sleep(0)
-    assert not task.done()
-    go.set()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert ended.is_set()
 
 
 async def test_least_recently_used_goes_first_and_down_to_the_limit(tmp_path: Path) -> None:
