@@ -164,7 +164,7 @@ def command_line(spec: VmSpec, network_fd: int | None = None) -> list[str]:
     arguments = [
         # The id stands in the command line, so that a crash's orphans can be found by it.
         *("-name", f"guest={spec.mark}"),
-        *("-machine", "microvm,rtc=on,isa-serial=on,auto-kernel-cmdline=off"),
+        *("-machine", "microvm,rtc=on,pic=off,pit=off,isa-serial=on,auto-kernel-cmdline=off"),
         *("-accel", "kvm" if spec.accel == "kvm" else "tcg,thread=multi,tb-size=256"),
         *("-cpu", "host" if spec.accel == "kvm" else "max"),
         *("-smp", str(spec.vcpu)),
