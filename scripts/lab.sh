@@ -108,7 +108,20 @@ sweep() {
     done
 }
 
+# The same machine as lab.sh's, less what hangs its boot on a fast host (docs/debugging.md, 17).
+qemu_wrapper() {
+    mkdir -p "$LAB_DIR/bin"
+    cat >"$LAB_DIR/bin/qemu" <<WRAPPER
+#!/bin/bash
+# Written by $ROOT/scripts/lab.sh.
+exec ${LAB_QEMU:-qemu-system-x86_64} "\${@/#microvm,rtc=on/microvm,rtc=on,pic=off,pit=off}"
+WRAPPER
+    chmod 755 "$LAB_DIR/bin/qemu"
+    export LAB_QEMU=$LAB_DIR/bin/qemu
+}
+
 up() {
+    qemu_wrapper
     if running; then
         shared up
         return
