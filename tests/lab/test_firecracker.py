@@ -77,6 +77,20 @@ def test_vm_run_takes_firecracker_and_its_stdout_is_the_commands(host: Lab) -> N
     assert _processes(host) == ""
 
 
+def test_qemu_runs_by_kvm_too_and_the_guest_has_a_clock(host: Lab) -> None:
+    """Its machine has no timer of a PC, by which a kernel could find out the processor's rate."""
+    script = "uname -s; cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
+    done = host.run(
+        f"banger vm run --vmm qemu --name q -q {SMALL} -- sh -c {shlex.quote(script)}",
+        timeout_s=_BOOT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() in ([b"Linux", b"kvm-clock"], [b"Linux", b"tsc"])
+    shown = _vm(host, "q")
+    assert (shown["vmm"], shown["accel"]) == ("qemu", "kvm")
+    host.ok("banger vm delete q")
+
+
 def test_a_repository_arrives_and_the_command_runs_in_it(host: Lab) -> None:
     host.ok(
         "rm -rf /tmp/repo && mkdir -p /tmp/repo && cd /tmp/repo && git init -qb main"
