@@ -197,3 +197,106 @@ func FuzzExtract(f *testing.F) {
 		}
 	})
 }
+
+func names(t *testing.T, dir string) string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := []string{}
+	for _, entry := range entries {
+		found = append(found, entry.Name())
+	}
+	return strings.Join(found, " ")
+}
+
+func TestWhoReadsWhileAFileIsReplacedFindsOneOfThem(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "f")
+	if err := os.WriteFile(file, []byte("content of f"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := 0; i < 300; i++ {
+			headers := tar.Header{Name: "f", Typeflag: tar.TypeReg, Mode: 0o640}
+			if _, err := Extract(archive(t, headers), dir, false, nil); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for {
+		raw, err := os.ReadFile(file)
+		if err != nil || string(raw) != "content of f" {
+			t.Fatalf("%q %v", raw, err)
+		}
+		select {
+		case <-done:
+			if info, err := os.Stat(file); err != nil || info.Mode() != 0o640 || names(t, dir) != "f" {
+				t.Errorf("%v %v, %s", info, err, names(t, dir))
+			}
+			return
+		default:
+		}
+	}
+}
+
+func TestAReplacementThatIsCutOffCostsNothing(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "f"), []byte("before"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	whole := archive(t, tar.Header{Name: "f", Typeflag: tar.TypeReg, Mode: 0o644}).Bytes()
+	if _, err := Extract(bytes.NewReader(whole[:515]), dir, false, nil); err == nil {
+		t.Fatal("a cut stream was taken")
+	}
+	if raw, _ := os.ReadFile(filepath.Join(dir, "f")); string(raw) != "before" || names(t, dir) != "f" {
+		t.Errorf("%q, %s", raw, names(t, dir))
+	}
+}
+
+func TestReplacingWhatIsNoFile(t *testing.T) {
+	dir := t.TempDir()
+	first := archive(t,
+		tar.Header{Name: "a", Typeflag: tar.TypeReg, Mode: 0o644},
+		tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "a"},
+		tar.Header{Name: "sym", Typeflag: tar.TypeSymlink, Linkname: "a"},
+		tar.Header{Name: "pipe", Typeflag: tar.TypeFifo, Mode: 0o600},
+		tar.Header{Name: "empty", Typeflag: tar.TypeDir, Mode: 0o755},
+		tar.Header{Name: "full/x", Typeflag: tar.TypeReg, Mode: 0o644},
+	).Bytes()
+	for turn := 0; turn < 2; turn++ {
+		if _, err := Extract(bytes.NewReader(first), dir, false, nil); err != nil {
+			t.Fatal(err)
+		}
+		if found := names(t, dir); found != "a empty full hard pipe sym" {
+			t.Fatal(found)
+		}
+	}
+	second := archive(t,
+		tar.Header{Name: "empty", Typeflag: tar.TypeReg, Mode: 0o644},
+		tar.Header{Name: "sym", Typeflag: tar.TypeReg, Mode: 0o644},
+		tar.Header{Name: "pipe", Typeflag: tar.TypeSymlink, Linkname: "elsewhere"},
+	)
+	if _, err := Extract(second, dir, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"empty", "sym"} {
+		if info, err := os.Lstat(filepath.Join(dir, name)); err != nil || !info.Mode().IsRegular() {
+			t.Errorf("%s: %v %v", name, info, err)
+		}
+	}
+	if raw, err := os.ReadFile(filepath.Join(dir, "a")); err != nil || string(raw) != "content of a" {
+		t.Errorf("through the symlink: %q %v", raw, err)
+	}
+	over := archive(t, tar.Header{Name: "full", Typeflag: tar.TypeReg, Mode: 0o644})
+	if _, err := Extract(over, dir, false, nil); err == nil {
+		t.Error("a directory with files in it was replaced")
+	}
+	if found := names(t, dir); found != "a empty full hard pipe sym" {
+		t.Error(found)
+	}
+}

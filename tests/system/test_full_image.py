@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import acp
 import pytest
 
-from tests.support.artifacts import need_image, need_kernel
+from tests.support.artifacts import need_image, need_kernel, need_opencode
 from tests.support.sandbox import Sandbox
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -185,3 +186,23 @@ def test_an_editor_speaks_with_an_agent_in_there(vm: Sandbox) -> None:
     assert told == ["hello", big]
     assert status == 0
     assert _shell(vm, "pgrep -f [a]cp/echo.py || true") == ""
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="no npm here to get opencode with")
+def test_opencode_answers_an_editor(vm: Sandbox) -> None:
+    """The real agent, which is the default of `vm acp`. It needs no model before it is prompted."""
+    vm.ok("vm", "cp", str(need_opencode()), f"{VM}:/usr/local/bin/", timeout_s=600)
+
+    async def talk() -> tuple[Any, Any]:
+        words = [str(word) for word in vm.command("vm", "acp", VM)]
+        async with acp.spawn_agent_process(
+            _Editor(), *words, env=vm.environment, transport_kwargs={"limit": 64 << 20}
+        ) as (agent, _):
+            found = await agent.initialize(protocol_version=acp.PROTOCOL_VERSION)
+            return found, await agent.new_session(cwd="/root", mcp_servers=[])
+
+    found, session = asyncio.run(asyncio.wait_for(talk(), timeout=600))
+    assert found.protocol_version == acp.PROTOCOL_VERSION
+    assert found.agent_info.name.lower() == "opencode"
+    assert session.session_id.startswith("ses_")
+    assert _shell(vm, "pgrep -x opencode || true") == ""
