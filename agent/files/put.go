@@ -475,14 +475,24 @@ func (x *extractor) replace(dirfd int, last, name string, make func(at string) e
 }
 
 func (x *extractor) file(dirfd int, last, name string, h *tar.Header, data io.Reader, mode uint32) error {
-	fd := -1
+	fd, unnamed := -1, false
 	staged, err := x.place(dirfd, last, name, func(at string) (err error) {
+		if at != last {
+			// Nothing of it is left by a machine that ends meanwhile, where the file system can do that.
+			if fd, err = sys.Openat(dirfd, ".", syscall.O_WRONLY|sys.OTmpfile, mode); err == nil {
+				unnamed = true
+				return nil
+			}
+		}
 		fd, err = sys.Openat(dirfd, at, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW, mode)
 		return err
 	})
 	if err == nil {
 		if err = x.fill(fd, h, data, mode); err == nil {
 			_ = sys.Utimensat(fd, "", h.ModTime.Unix(), int64(h.ModTime.Nanosecond()))
+			if unnamed {
+				err = sys.NameFile(fd, dirfd, staged)
+			}
 		}
 		if closeErr := syscall.Close(fd); err == nil {
 			err = closeErr

@@ -2,6 +2,7 @@
 package sys
 
 import (
+	"strconv"
 	"strings"
 	"syscall"
 	"unsafe"
@@ -16,9 +17,11 @@ const (
 
 	AtFdcwd           = -0x64
 	AtSymlinkNofollow = 0x100
+	AtSymlinkFollow   = 0x400
 	AtRemovedir       = 0x200
 
-	OPath = 0x200000
+	OPath    = 0x200000
+	OTmpfile = 0x400000 | syscall.O_DIRECTORY
 
 	sysOpenat2 = 437
 )
@@ -90,8 +93,17 @@ func Symlinkat(target string, dirfd int, path string) error {
 	return orNil(errno)
 }
 
+// NameFile gives a name to a file that was opened without one (open(2), O_TMPFILE).
+func NameFile(fd, dirfd int, path string) error {
+	return linkat(AtFdcwd, "/proc/self/fd/"+strconv.Itoa(fd), dirfd, path, AtSymlinkFollow)
+}
+
 // Linkat makes a hard link; a symlink as source is linked itself.
 func Linkat(oldfd int, oldpath string, newfd int, newpath string) error {
+	return linkat(oldfd, oldpath, newfd, newpath, 0)
+}
+
+func linkat(oldfd int, oldpath string, newfd int, newpath string, flags uintptr) error {
 	o, err := syscall.BytePtrFromString(oldpath)
 	if err != nil {
 		return err
@@ -101,7 +113,7 @@ func Linkat(oldfd int, oldpath string, newfd int, newpath string) error {
 		return err
 	}
 	_, _, errno := syscall.Syscall6(syscall.SYS_LINKAT, uintptr(oldfd), uintptr(unsafe.Pointer(o)),
-		uintptr(newfd), uintptr(unsafe.Pointer(n)), 0, 0)
+		uintptr(newfd), uintptr(unsafe.Pointer(n)), flags, 0)
 	return orNil(errno)
 }
 
