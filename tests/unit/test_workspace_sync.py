@@ -122,6 +122,12 @@ def test_one_second_and_one_size_are_no_proof_of_sameness() -> None:
     base, host = {b"a": Entry("f", 0o644, 4, S)}, {b"a": Entry("f", 0o644, 4, S + 7)}
     guest = {b"a": Seen("f", 0o644, 4, 1, True)}
     assert judge(changes(host, base), host, base, guest).write == [b"a"]
+    # A run that was broken off before it came to this file would have said the same of it.
+    assert judge(changes(host, base), host, base, guest, intent=host).write == [b"a"]
+    # One that is as it was to be, and not as it was, has arrived.
+    longer = {b"a": Entry("f", 0o644, 5, S + 7)}
+    guest = {b"a": Seen("f", 0o644, 5, 1, True)}
+    assert judge(changes(longer, base), longer, base, guest, intent=longer).same == [b"a"]
 
 
 def test_a_fraction_of_a_second_is_the_guests_hand() -> None:

@@ -123,7 +123,9 @@ def judge(
             verdict.write.append(path)  # what stands in the way goes
         elif ours(path):
             done = intent is not None and intent.get(path) == host[path] and is_as(seen, host[path])
-            (verdict.same if done else verdict.write).append(path)
+            # What looks like both may be the one before, for a second has room for two.
+            sure = done and not is_as(seen, base.get(path))
+            (verdict.same if sure else verdict.write).append(path)
         elif is_as(seen, host[path]):
             # An mtime of whole seconds does not tell that it is the same for sure.
             (verdict.same if host[path].kind == "d" else verdict.write).append(path)
