@@ -926,7 +926,8 @@ async def test_what_has_no_command_line_yet_does_not_survive_a_start_that_failed
     find = processes.find_by_argument
 
     def blind(fragment: str) -> list[processes.ProcessIdentity]:
-        return [one for one in find(fragment) if one not in processes.find_by_uid(JAIL_UID)]
+        (chroot,) = jail.chroots_in(spec.directory) or [spec.directory]
+        return [one for one in find(fragment) if one not in processes.find_by_root(chroot)]
 
     async def refuse(*_: Any) -> None:
         assert [one for one in find(spec.mark) if one not in blind(spec.mark)]
@@ -935,9 +936,13 @@ async def test_what_has_no_command_line_yet_does_not_survive_a_start_that_failed
     monkeypatch.setattr(processes, "find_by_argument", blind)
     monkeypatch.setattr(firecracker, "_configure", refuse)
     spec = replace(spec, jail_uid=JAIL_UID)
-    with nothing_left(spec):
-        with pytest.raises(VmmFailed, match="refused"):
-            await adapter(*real).start(spec)
+    # Another HOME's daemon may have given a VM of its own the same uid.
+    with subprocess.Popen(["sleep", "60"], user=JAIL_UID) as bystander:
+        with nothing_left(spec):
+            with pytest.raises(VmmFailed, match="refused"):
+                await adapter(*real).start(spec)
+        assert bystander.poll() is None
+        bystander.kill()
 
 
 @needs_root

@@ -205,4 +205,4 @@ def test_opencode_answers_an_editor(vm: Sandbox) -> None:
     assert found.protocol_version == acp.PROTOCOL_VERSION
     assert found.agent_info.name.lower() == "opencode"
     assert session.session_id.startswith("ses_")
-    assert _shell(vm, "pgrep -x opencode || true") == ""
+    assert _shell(vm, "pgrep -f '[o]pencode acp' || true") == ""

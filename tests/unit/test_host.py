@@ -18,7 +18,7 @@ from banger.errors import CommandFailed, NoSpace, TimedOut, Unavailable
 from banger.host import files
 from banger.host.commands import HostCommands
 from banger.host.locks import try_lock
-from banger.host.process import ProcessIdentity, end_by_uid, find_by_argument, find_by_uid
+from banger.host.process import ProcessIdentity, end_by_root, find_by_argument, find_by_root
 from banger.host.threads import run_uncut
 from banger.paths import Paths, find_paths, make_runtime_dir
 
@@ -124,19 +124,25 @@ def test_processes_are_found_by_a_fragment_of_their_command_line() -> None:
     assert [identity.pid for identity in found] == [child.pid]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-async def test_processes_of_a_uid_are_found_and_ended() -> None:
-    uid = 1_800_000_007  # nobody's
-    child = subprocess.Popen(["sleep", "60"], user=uid)
+@pytest.mark.skipif(os.geteuid() != 0, reason="chroot(2) needs root")
+async def test_processes_with_a_root_of_their_own_are_found_and_ended(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    leave = "import os, sys, time; os.chroot(sys.argv[1]); print('in', flush=True); time.sleep(60)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", leave, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     try:
-        assert [found.pid for found in find_by_uid(uid)] == [child.pid]
-        assert find_by_uid(uid // 10) == []
-        await end_by_uid(uid)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "in\n"
+        assert [found.pid for found in find_by_root(tmp_path)] == [child.pid]
+        assert find_by_root(other) == find_by_root(tmp_path / "absent") == []
+        await end_by_root(tmp_path)
         assert child.poll() == -signal.SIGKILL
-        await end_by_uid(uid)  # nobody is left
+        await end_by_root(tmp_path)  # nobody is left
     finally:
         child.kill()
-        child.wait()
+        child.communicate()
 
 
 async def test_work_in_a_thread_is_waited_for_though_its_caller_is_cancelled_twice() -> None:

@@ -131,9 +131,9 @@ async def end_by_argument(fragment: str, *, timeout_s: float = 10.0) -> None:
     await _end_found(partial(find_by_argument, fragment), timeout_s)
 
 
-async def end_by_uid(uid: int, *, timeout_s: float = 10.0) -> None:
-    """Kill the processes of a uid that is one VM's alone, and wait until they are gone."""
-    await _end_found(partial(find_by_uid, uid), timeout_s)
+async def end_by_root(directory: Path, *, timeout_s: float = 10.0) -> None:
+    """Kill the processes whose root is `directory`, and wait until they are gone."""
+    await _end_found(partial(find_by_root, directory), timeout_s)
 
 
 async def _end_found(find: Callable[[], list[ProcessIdentity]], timeout_s: float) -> None:
@@ -161,30 +161,29 @@ def find_by_argument(fragment: str) -> list[ProcessIdentity]:
     looks like root's.
     """
     wanted = os.fsencode(fragment)
-    return _find("cmdline", lambda text: wanted in text)
+    return _find(lambda process: wanted in Path(process, "cmdline").read_bytes())
 
 
-def find_by_uid(uid: int) -> list[ProcessIdentity]:
-    """Return the processes that have `uid`, be it the real, effective, saved or file system's."""
-    wanted = b"%d" % uid
+def find_by_root(directory: Path) -> list[ProcessIdentity]:
+    """Return the processes whose root is `directory`, in whatever mount namespace.
 
-    def has_it(text: bytes) -> bool:
-        # "Uid:" and the four numbers (proc_pid_status(5)); the owner of /proc/PID is root where
-        # a process is not dumpable.
-        line = text.partition(b"\nUid:")[2].partition(b"\n")[0]
-        return wanted in line.split()
+    Of those that root alone may look at, as jailed ones are, only root is told.
+    """
+    try:
+        wanted = os.lstat(directory)
+    except FileNotFoundError:
+        return []
+    return _find(lambda process: os.path.samestat(os.stat(f"{process}/root"), wanted))
 
-    return _find("status", has_it)
 
-
-def _find(file: str, matches: Callable[[bytes], bool]) -> list[ProcessIdentity]:
-    """Return the processes but our own of whose file in /proc `matches` is true."""
+def _find(matches: Callable[[str], bool]) -> list[ProcessIdentity]:
+    """Return the processes but our own of whose directory in /proc `matches` is true."""
     found = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if matches(Path(entry.path, file).read_bytes()):
+            if matches(entry.path):
                 identity = ProcessIdentity.of(int(entry.name))
                 if identity is not None:
                     found.append(identity)

@@ -111,7 +111,12 @@ FEATURES: tuple[Feature, ...] = (
     *_row(VMM, "required", "ACPI", "how QEMU's microvm and Firecracker announce devices"),
     *_row(VMM, "required", "SERIAL_8250 SERIAL_8250_CONSOLE", "the console log (ttyS0)"),
     *_row(VMM, "recommended", "SMP", "more than one virtual CPU"),
-    *_row(VMM, "recommended", "HYPERVISOR_GUEST PARAVIRT KVM_GUEST", "KVM's clock"),
+    *_row(
+        VMM,
+        "recommended",
+        "HYPERVISOR_GUEST PARAVIRT KVM_GUEST",
+        "KVM's clock; QEMU's KVM has no other",
+    ),
     *_row(VMM, "recommended", "PTP_1588_CLOCK_KVM:ptp_kvm", "the host's time"),
     *_row(
         VMM,

@@ -81,26 +81,25 @@ class Children:
         log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         started: list[subprocess.Popen[bytes]] = []
 
-        def start() -> subprocess.Popen[bytes]:
-            child = subprocess.Popen(
-                argv,
-                stdin=stdin,
-                stdout=log_fd if stdout is None else stdout,
-                stderr=log_fd,
-                cwd="/",
-                env={"PATH": self._commands.environment["PATH"], "LC_ALL": "C.UTF-8"},
-                start_new_session=True,
-                umask=0o077,
-                pass_fds=tuple(pass_fds),
+        def start() -> None:
+            started.append(
+                subprocess.Popen(
+                    argv,
+                    stdin=stdin,
+                    stdout=log_fd if stdout is None else stdout,
+                    stderr=log_fd,
+                    cwd="/",
+                    env={"PATH": self._commands.environment["PATH"], "LC_ALL": "C.UTF-8"},
+                    start_new_session=True,
+                    umask=0o077,
+                    pass_fds=tuple(pass_fds),
+                )
             )
-            self._children[child.pid] = child
-            started.append(child)
-            return child
 
         try:
             # Uncut: who cancels must find neither a process that comes up behind its sweep, nor
             # descriptors closed while they are inherited.
-            return await run_uncut(start)
+            await run_uncut(start)
         except asyncio.CancelledError:
             for child in started:
                 await self.end(child)
@@ -109,6 +108,9 @@ class Children:
             raise VmmFailed(f"cannot start {argv[0]}: {error.strerror}") from error
         finally:
             os.close(log_fd)
+        (child,) = started
+        self._children[child.pid] = child
+        return child
 
     async def end(self, child: subprocess.Popen[bytes]) -> None:
         """Kill and reap a child."""

@@ -24,7 +24,7 @@ from banger.errors import BangerError, Unavailable, VmmFailed
 from banger.guest.transport import Endpoint, HybridVsock, connect_unix, socket_path
 from banger.host.commands import HostCommands
 from banger.host.files import last_lines
-from banger.host.process import ProcessIdentity, end_by_argument, end_by_uid
+from banger.host.process import ProcessIdentity, end_by_argument, end_by_root
 from banger.host.threads import run_uncut
 from banger.network.usermode import start_pasta
 from banger.vmm import firecracker_api as api
@@ -142,9 +142,6 @@ class Firecracker:
         except BaseException as error:
             if child is not None:
                 await self._children.end(child)
-            if spec.jail_uid is not None:
-                # What has left the jailer and is within execve(2) is known by its uid alone.
-                await end_by_uid(spec.jail_uid)
             await self.sweep(spec.id, spec.runtime, spec.directory)
             if isinstance(error, OSError):
                 raise VmmFailed(f"cannot prepare Firecracker's files: {error}") from error
@@ -184,6 +181,9 @@ class Firecracker:
         """End pasta and remove chroot, cgroup and sockets; idempotent."""
         mark = mark_of(vm_id, runtime)
         await end_by_argument(mark)
+        # What has left the jailer and is within execve(2) is known by its root alone.
+        for root in jail.chroots_in(directory):
+            await end_by_root(root)
         await asyncio.to_thread(jail.sweep_jail, directory, mark)
         for name in (_API_SOCKET, _VSOCK_SOCKET, _JAIL):
             (runtime / name).unlink(missing_ok=True)

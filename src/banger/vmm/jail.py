@@ -42,6 +42,11 @@ def chroot_of(spec: VmSpec, executable: Path) -> Path:
     return base_of(spec.directory) / executable.name / spec.mark / "root"
 
 
+def chroots_in(directory: Path) -> list[Path]:
+    """Return the chroots that are in the VM's `directory`, whatever Firecracker was called."""
+    return list(base_of(directory).glob("*/*/root"))
+
+
 def build_chroot(spec: VmSpec, uid: int, executable: Path) -> Path:
     """Make the chroot with the VM's files in it and return it; replaces what is left of one.
 
