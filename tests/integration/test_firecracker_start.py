@@ -937,12 +937,15 @@ async def test_what_has_no_command_line_yet_does_not_survive_a_start_that_failed
     monkeypatch.setattr(firecracker, "_configure", refuse)
     spec = replace(spec, jail_uid=JAIL_UID)
     # Another HOME's daemon may have given a VM of its own the same uid.
-    with subprocess.Popen(["sleep", "60"], user=JAIL_UID) as bystander:
+    bystander = subprocess.Popen(["sleep", "60"], user=JAIL_UID)
+    try:
         with nothing_left(spec):
             with pytest.raises(VmmFailed, match="refused"):
                 await adapter(*real).start(spec)
         assert bystander.poll() is None
+    finally:
         bystander.kill()
+        bystander.wait()
 
 
 @needs_root
